@@ -1,0 +1,38 @@
+"""WT-Flow for anomalib: time-reversed flow matching with worst transport (arXiv 2508.05461).
+
+The names below are loaded on first use, so that ``import anomalib_wtflow`` costs nothing before torch is needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anomalib_wtflow.lightning_model import WTFlow
+    from anomalib_wtflow.loss import WTFlowLoss
+    from anomalib_wtflow.post_processor import WTFlowPostProcessor
+    from anomalib_wtflow.synthetic import SyntheticParts
+    from anomalib_wtflow.torch_model import WTFlowModel
+
+__version__ = "0.1.0"
+__all__ = ["SyntheticParts", "WTFlow", "WTFlowLoss", "WTFlowModel", "WTFlowPostProcessor"]
+
+_HOMES = {
+    "SyntheticParts": "synthetic",
+    "WTFlow": "lightning_model",
+    "WTFlowLoss": "loss",
+    "WTFlowModel": "torch_model",
+    "WTFlowPostProcessor": "post_processor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it (PEP 562)."""
+    if name not in _HOMES:
+        msg = f"module 'anomalib_wtflow' has no attribute '{name}'"
+        raise AttributeError(msg)
+    return getattr(import_module(f"anomalib_wtflow.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,68 @@
+"""Import hook: once ``anomalib.models`` has been imported, import the plugin.
+
+``anomalib_wtflow.pth`` imports this module when Python starts, so it needs nothing but :mod:`sys`. anomalib resolves
+``--model WTFlow`` among the loaded subclasses of ``AnomalibModule`` and reads no entry points; this hook is what loads
+ours. It stays quiet until somebody imports ``anomalib.models``.
+"""
+
+import sys
+from typing import Any
+
+TARGET = "anomalib.models"
+
+
+class PluginFinder:
+    """Meta-path finder that adds one step to the loading of ``anomalib.models``: import the plugin afterwards."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Find ``anomalib.models`` with the other finders, and have its loader call :func:`load_plugin` at the end.
+
+        Args:
+            fullname: Name of the module that is being imported.
+            path: ``__path__`` of its parent package.
+            target: Module object being reloaded, if any.
+
+        Returns:
+            The other finders' spec with its loader extended, or None for any other module.
+        """
+        if fullname != TARGET:
+            return None
+        for finder in sys.meta_path:
+            find = None if isinstance(finder, PluginFinder) else getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find else None
+            if spec is None or spec.loader is None:
+                continue
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any, execute: Any = execute) -> None:
+                execute(module)
+                load_plugin()
+
+            spec.loader.exec_module = exec_module
+            return spec
+        return None
+
+
+def load_plugin() -> None:
+    """Import the modules that register themselves with anomalib; warn, and leave anomalib usable, if that fails."""
+    try:
+        import anomalib_wtflow.lightning_model
+        import anomalib_wtflow.synthetic  # noqa: F401
+    except Exception as error:
+        import warnings
+
+        warnings.warn(
+            f"anomalib-wtflow is installed but could not be loaded ({type(error).__name__}: {error}); "
+            "anomalib works without it, and `pip install --force-reinstall anomalib-wtflow` may mend it.",
+            stacklevel=2,
+        )
+
+
+def install() -> None:
+    """Put the finder first on ``sys.meta_path``, once."""
+    if not any(isinstance(finder, PluginFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PluginFinder())
+
+
+install()

@@ -1,0 +1,25 @@
+"""Registration with anomalib 2.7: the only module that knows anomalib's internals."""
+
+from importlib import import_module
+from typing import TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register_model(cls: _Class) -> _Class:
+    """Class decorator: make a model reachable by name through ``anomalib.models``.
+
+    ``get_model({"class_path": "WTFlow"})`` looks the name up in ``anomalib.models``, and a dotted class path must come
+    from a module on anomalib's whitelist, to which this adds the plugin's own names and nothing else.
+    """
+    # `import anomalib.models` would fail while that module is still loading, which is when the hook calls this.
+    models = import_module("anomalib.models")
+    setattr(models, cls.__name__, cls)
+    models.ALLOWED_MODULES.update({"anomalib_wtflow", cls.__module__})
+    return cls
+
+
+def register_datamodule(cls: _Class) -> _Class:
+    """Class decorator: make a data module reachable by name through ``anomalib.data``, as ``get_datamodule`` needs."""
+    setattr(import_module("anomalib.data"), cls.__name__, cls)
+    return cls

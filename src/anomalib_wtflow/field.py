@@ -1,0 +1,170 @@
+"""Vector fields: the networks ``v_theta(x, t)`` that are trained along the paths."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anomalib_wtflow._registry import lookup
+
+FieldName = Literal["pointwise", "unet"]
+
+
+class TimeEmbedding(nn.Module):
+    """``(sin, cos)(1000 t / 10000^r)`` with r = linspace(0, 1, width / 2), as in the authors' code.
+
+    Args:
+        width: Even number of embedding channels.
+
+    Raises:
+        ValueError: If the width is odd or below 2.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width < 2 or width % 2:
+            msg = f"width is {width}: the time embedding needs an even number of channels, at least 2."
+            raise ValueError(msg)
+        frequencies = 1000 * 10000 ** -torch.linspace(0, 1, width // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed times ``(N,)`` as ``(N, width)``."""
+        angle = t[:, None] * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class PointwiseField(nn.Module):
+    """The same residual network at every position: 1x1 convolutions only (ours).
+
+    ``h = A x``, then ``h <- h + B silu(A' h + T emb(t))`` per block, ``v = C silu(h)``. It sees one position at a
+    time, so that an unusual position cannot hide in its neighbourhood, and its cost is a few matrix products.
+
+    Args:
+        channels: Feature channels C.
+        width: Hidden channels, even.
+        depth: Number of residual blocks.
+
+    Raises:
+        ValueError: If the width is odd or below 2.
+    """
+
+    min_size = 1
+
+    def __init__(self, channels: int, width: int = 256, depth: int = 3) -> None:
+        super().__init__()
+        self.embedding = TimeEmbedding(width)
+        self.stem = nn.Conv2d(channels, width, 1)
+        self.expand = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(depth))
+        self.time = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.reduce = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(depth))
+        self.head = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``."""
+        embedding = self.embedding(t)
+        h = self.stem(x)
+        for expand, time, reduce in zip(self.expand, self.time, self.reduce, strict=True):
+            h = h + reduce(F.silu(expand(h) + time(embedding)[:, :, None, None]))
+        return self.head(F.silu(h))
+
+
+class ResidualBlock(nn.Module):
+    """``shortcut(h) + (conv3x3-BN-ReLU)^2(h + T emb(t))``, as the authors' blocks.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        embedding: Channels of the time embedding.
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.time = nn.Linear(embedding, inputs)
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Transform ``(N, inputs, H, W)`` under the time embedding ``(N, embedding)``."""
+        return self.shortcut(h) + self.body(h + self.time(embedding)[:, :, None, None])
+
+
+class UNetField(nn.Module):
+    """The authors' mini U-Net: widths b, 2b, 4b, two residual blocks a stage, skips by concatenation.
+
+    1x1 convolution in; two down stages, each followed by a max-pool; a middle block; two up stages (nearest
+    up-sampling to the skip's size, so that any feature size works); 1x1 convolution out. With C = 1024 and b = 768 it
+    has about 763 M parameters, which is our count of the authors' network.
+
+    Args:
+        channels: Feature channels C.
+        width: b, even.
+        depth: Residual blocks in each down and up stage.
+
+    Raises:
+        ValueError: If the width is odd or below 2.
+    """
+
+    min_size = 4
+
+    def __init__(self, channels: int, width: int = 48, depth: int = 2) -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int) -> nn.ModuleList:
+            widths = [inputs] + [outputs] * depth
+            return nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], width) for i in range(depth))
+
+        self.embedding = TimeEmbedding(width)
+        self.stem = nn.Conv2d(channels, width, 1)
+        self.down = nn.ModuleList([stage(width, 2 * width), stage(2 * width, 4 * width)])
+        self.middle = ResidualBlock(4 * width, 4 * width, width)
+        self.up = nn.ModuleList([stage(8 * width, 2 * width), stage(4 * width, width)])
+        self.head = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)``, H and W >= 4, and times ``(N,)``."""
+        embedding = self.embedding(t)
+        h = self.stem(x)
+        skips = []
+        for stage in self.down:
+            for block in stage.children():
+                h = block(h, embedding)
+            skips.append(h)
+            h = F.max_pool2d(h, 2)
+        h = self.middle(h, embedding)
+        for stage in self.up:
+            skip = skips.pop()
+            h = torch.cat([F.interpolate(h, size=skip.shape[-2:], mode="nearest"), skip], dim=1)
+            for block in stage.children():
+                h = block(h, embedding)
+        return self.head(h)
+
+
+FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
+
+
+def get_field(
+    name: str, channels: int, width: int | None = None, depth: int | None = None
+) -> PointwiseField | UNetField:
+    """Build a vector field by name; ``width`` and ``depth`` default to the network's own.
+
+    Raises:
+        ValueError: If the name is unknown, or a size is not positive.
+    """
+    sizes = {key: value for key, value in (("width", width), ("depth", depth)) if value is not None}
+    for key, value in sizes.items():
+        if value < 1:
+            msg = f"{key} is {value}: the '{name}' network needs at least 1."
+            raise ValueError(msg)
+    return lookup(FIELDS, "network", name)(channels, **sizes)

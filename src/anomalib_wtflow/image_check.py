@@ -1,0 +1,81 @@
+"""Check of the image files: one clear sentence instead of a worker's traceback."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+
+def image_paths(dataset: Any) -> list[str]:
+    """List the image and mask files of an anomalib data set; empty for any other data set."""
+    samples = getattr(dataset, "samples", None)
+    if samples is None:
+        return [str(path) for path in getattr(dataset, "image_filenames", [])]
+    columns = [samples[name] for name in ("image_path", "mask_path") if name in samples]
+    return [path for column in columns for path in column.astype(str) if path not in ("", "nan", "None")]
+
+
+def is_readable(path: str, decode: bool) -> bool:
+    """Whether an image file opens, and with ``decode`` also whether all of it decodes."""
+    if Path(path).suffix.lower() in (".npy", ".tif", ".tiff", ".mp4", ".avi"):
+        return Path(path).is_file()
+    try:
+        with Image.open(path) as image:
+            if decode:
+                image.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+class ImageCheck(Callback):
+    """Look at every image file's header before training; after a failure, find the files that do not decode."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the headers of all sets before training, so that a broken test image is not found an hour later.
+
+        Raises:
+            ValueError: If the training set is empty, or a file is not an image.
+        """
+        del pl_module
+        if stage != "fit":
+            return
+        train_data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
+        if train_data is not None and len(train_data) == 0:
+            msg = "The training set holds no normal images: check the folders that the data module was given."
+            raise ValueError(msg)
+        self._raise_for_unreadable(trainer, decode=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Name the broken files when reading one of them has failed.
+
+        Raises:
+            ValueError: If a file does not decode.
+        """
+        del pl_module
+        if isinstance(exception, OSError | SyntaxError):
+            self._raise_for_unreadable(trainer, decode=True, cause=exception)
+
+    def _raise_for_unreadable(self, trainer: Trainer, decode: bool, cause: BaseException | None = None) -> None:
+        paths = sorted({path for dataset in self._datasets(trainer) for path in image_paths(dataset)})
+        broken = [path for path in paths if not is_readable(path, decode)]
+        if broken:
+            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            msg = (
+                f"The image '{broken[0]}'{more} cannot be read: remove it or replace it by a whole file, and run again."
+            )
+            raise ValueError(msg) from cause
+
+    @staticmethod
+    def _datasets(trainer: Trainer) -> Iterator[Any]:
+        datamodule = getattr(trainer, "datamodule", None)
+        for name in ("train_data", "val_data", "test_data"):
+            if hasattr(datamodule, name):
+                yield getattr(datamodule, name)
+        for name in ("train_dataloader", "val_dataloaders", "test_dataloaders", "predict_dataloaders"):
+            loaders: Any = getattr(trainer, name, None)
+            for loader in loaders if isinstance(loaders, list) else [loaders]:
+                if hasattr(loader, "dataset"):
+                    yield loader.dataset

@@ -1,0 +1,335 @@
+"""WT-Flow as an anomalib model."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from rich.progress import track
+from torch import nn, optim
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_wtflow._registration import register_model
+from anomalib_wtflow._registry import lookup
+from anomalib_wtflow.anomaly_map import MapName
+from anomalib_wtflow.coupling import BATCH_COUPLINGS, CouplingName
+from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, MergeName, get_data_config
+from anomalib_wtflow.field import FieldName
+from anomalib_wtflow.image_check import ImageCheck
+from anomalib_wtflow.loss import WTFlowLoss
+from anomalib_wtflow.normalization import NormalizationName
+from anomalib_wtflow.path import PathName
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
+from anomalib_wtflow.solver import SolverName
+from anomalib_wtflow.torch_model import WTFlowModel
+
+
+@register_model
+class WTFlow(AnomalibModule):
+    """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
+
+    The first 19 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
+    (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
+
+    Args:
+        backbone: Name of a timm CNN; the default brings its weights along and needs no network.
+        layers: Feature layers, finest first; None for those at strides 8 and 16.
+        pre_trained: Whether the backbone gets trained weights.
+        weights: Local ``.safetensors`` or ``.pth`` file with the backbone's weights.
+        pool_size: Side of the window that the features are averaged over, odd; 1 for none.
+        pool_stride: Stride of that window.
+        merge: ``finest`` or ``coarsest``: whose size the layers are brought to.
+        normalization: ``layer_norm``, ``channel`` or ``whitening``.
+        network: Vector field, ``pointwise`` or ``unet``.
+        width: Width of the network; None for its own default (256, or 48 for the U-Net).
+        depth: Depth of the network; None for its own default (3, or 2 for the U-Net).
+        path: ``linear``, ``gaussian`` or ``variance_preserving``.
+        s_min: Noise level of the path at t = 0.
+        coupling: ``independent``, ``optimal``, ``worst``, ``worst_image``, ``worst_local``, ``worst_of_two`` or
+            ``antipodal``.
+        solver: ``euler``, ``midpoint`` or ``rk4``.
+        steps: Solver steps at inference.
+        start_time: Time in [0, 1) at which inference enters the flow.
+        anomaly_map: ``absolute`` or ``relative``.
+        top_fraction: Share of the map that makes the image score, in (0, 1].
+        image_size: Side, or height and width, that images are resized to; None for the backbone's own.
+        false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous. The threshold is the
+            split-conformal quantile of normal images that the field was not trained on; None for anomalib's adaptive
+            F1 threshold.
+        calibration_ratio: Share of the training images, in (0, 1), that is held out for the threshold where the
+            validation set cannot serve.
+        max_epochs: Epochs, unless the trainer is told otherwise.
+        optimizer: ``adamw``, ``adam`` or ``sgd``.
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay.
+        scheduler: ``cosine``, ``step`` or ``constant``, over the whole training.
+        pre_processor: As in anomalib; True for a resize to ``image_size`` and the backbone's own mean and deviation.
+        post_processor: As in anomalib; True for :class:`anomalib_wtflow.post_processor.WTFlowPostProcessor`.
+        evaluator: As in anomalib.
+        visualizer: As in anomalib.
+
+    Raises:
+        ValueError: If a name is unknown or a number is out of range; the message lists what is valid.
+        RuntimeError: If the backbone's weights cannot be fetched.
+    """
+
+    model: WTFlowModel
+    loss: WTFlowLoss
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        pool_size: int = 3,
+        pool_stride: int = 1,
+        merge: MergeName = "coarsest",
+        normalization: NormalizationName = "whitening",
+        network: FieldName = "pointwise",
+        width: int | None = None,
+        depth: int | None = None,
+        path: PathName = "linear",
+        s_min: float = 0.01,
+        coupling: CouplingName = "worst_of_two",
+        solver: SolverName = "euler",
+        steps: int = 1,
+        start_time: float = 0.3,
+        anomaly_map: MapName = "absolute",
+        top_fraction: float = 0.03,
+        image_size: int | tuple[int, int] | None = None,
+        false_alarm_rate: float | None = 0.05,
+        calibration_ratio: float = 0.2,
+        max_epochs: int = 20,
+        optimizer: OptimizerName = "adamw",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        scheduler: SchedulerName = "cosine",
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if max_epochs < 1:
+            msg = f"max_epochs is {max_epochs}: train for at least 1 epoch."
+            raise ValueError(msg)
+        if learning_rate <= 0 or weight_decay < 0:
+            msg = (
+                f"learning_rate is {learning_rate} and weight_decay {weight_decay}: choose a positive rate and a decay "
+                "of at least 0."
+            )
+            raise ValueError(msg)
+        self._optimizer_class = lookup(OPTIMIZERS, "optimizer", optimizer)
+        self._schedule = lookup(SCHEDULERS, "scheduler", scheduler)
+        super().__init__(
+            pre_processor=(
+                self.configure_pre_processor(image_size, backbone) if pre_processor is True else pre_processor
+            ),
+            post_processor=(
+                WTFlowPostProcessor(false_alarm_rate=false_alarm_rate, calibration_ratio=calibration_ratio)
+                if post_processor is True
+                else post_processor
+            ),
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.max_epochs = max_epochs
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.coupling = coupling
+        self.model = WTFlowModel(
+            backbone=backbone,
+            layers=layers,
+            pre_trained=pre_trained,
+            weights=weights,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            merge=merge,
+            normalization=normalization,
+            network=network,
+            width=width,
+            depth=depth,
+            path=path,
+            s_min=s_min,
+            coupling=coupling,
+            solver=solver,
+            steps=steps,
+            start_time=start_time,
+            anomaly_map=anomaly_map,
+            top_fraction=top_fraction,
+        )
+        self.loss = WTFlowLoss()
+
+    @classmethod
+    def configure_pre_processor(
+        cls,
+        image_size: int | tuple[int, int] | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+    ) -> PreProcessor:
+        """Build the pre-processor: resize, then ``(x - mean) / std`` with the backbone's own mean and deviation.
+
+        Args:
+            image_size: Side, or height and width, in pixels; None for the backbone's own.
+            backbone: Name of the timm model that the statistics belong to.
+
+        Raises:
+            ValueError: If the backbone is unknown or the size is not positive.
+        """
+        config = get_data_config(backbone)
+        size = config.image_size if image_size is None else image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            msg = f"image_size is {image_size}: give a side, or a height and a width, in pixels."
+            raise ValueError(msg)
+        return PreProcessor(
+            transform=Compose([Resize((height, width), antialias=True), Normalize(mean=config.mean, std=config.std)]),
+        )
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Build the post-processor with its defaults."""
+        return WTFlowPostProcessor()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add the check of the image files to anomalib's components; it comes last, since it raises."""
+        callbacks = super().configure_callbacks()
+        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), ImageCheck()]
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No validation before training: there is nothing to validate until the normalisation is fitted."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: trained on normal images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that runs this model."""
+        return LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        # Lightning turns an unset limit into 1000 epochs right after this, and anomalib's `trainer_arguments` would
+        # override what the user set: this is the one place that can tell the two apart.
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
+            trainer.fit_loop.max_epochs = self.max_epochs
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "WTFlow":  # type: ignore[override]
+        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor the weights file is needed."""
+        return super().load_from_checkpoint(*args, **{"pre_trained": False, "weights": None, **kwargs})
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from warning that the backbone is in evaluation mode: it is meant to be."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+
+    def on_train_start(self) -> None:
+        """Check the batch size, and fit the normalisation in one pass over the training images.
+
+        Raises:
+            ValueError: If the coupling needs several images a batch, or the training set is empty.
+        """
+        loader: Any = self.trainer.train_dataloader
+        if self.coupling in BATCH_COUPLINGS and getattr(loader, "batch_size", None) == 1:
+            msg = (
+                f"coupling '{self.coupling}' rearranges noise between the images of a batch, and the batch size is "
+                f"1: raise "
+                "--data.train_batch_size, or choose worst_of_two, worst_image, antipodal or independent."
+            )
+            raise ValueError(msg)
+        normalization: Any = self.model.normalization
+        if normalization.fitted:
+            return
+        batches = track(
+            loader,
+            description="Fitting the feature normalisation",
+            transient=True,
+            disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
+        )
+        for index, batch in enumerate(batches):
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            if isinstance(self.pre_processor, PreProcessor):
+                self.pre_processor.on_train_batch_start(self.trainer, self, batch, index)
+            normalization.update(self.model.extract(batch.image))
+        if self.trainer.world_size == 1:
+            normalization.finalize()
+        else:
+            reduce = self.trainer.strategy.reduce
+            normalization.finalize(lambda total: reduce(total.to(self.device), reduce_op="sum"))
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Regress the field on one batch.
+
+        Raises:
+            RuntimeError: If the loss is NaN or infinite.
+        """
+        del args, kwargs
+        loss = self.loss(*self.model(batch.image))
+        value = loss.item()
+        if not math.isfinite(value):
+            self._stop(f"The training loss became {value} in epoch {self.current_epoch}")
+        self.log(
+            "train_loss",
+            value,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=batch.batch_size,
+            sync_dist=True,
+        )
+        return {"loss": loss}
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score one batch."""
+        del args, kwargs
+        return self._score(batch)
+
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score one batch."""
+        del args, kwargs
+        return self._score(batch)
+
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score one batch."""
+        del args, kwargs
+        return self._score(batch)
+
+    def _score(self, batch: Batch) -> STEP_OUTPUT:
+        predictions = self.model(batch.image)
+        if self.trainer.state.fn == TrainerFn.FITTING and predictions.pred_score.isnan().any():
+            self._stop(f"The scores became NaN in epoch {self.current_epoch}")
+        return batch.update(**predictions._asdict())
+
+    def _stop(self, what: str) -> None:
+        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        where = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
+        msg = f"{what}: lower learning_rate (now {self.learning_rate}); {where}."
+        raise RuntimeError(msg)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser and its schedule for the field; the backbone is frozen."""
+        optimizer = self._optimizer_class(
+            self.model.field.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        schedule = self._schedule(self.trainer.estimated_stepping_batches)
+        scheduler = optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,307 @@
+"""Post-processor of WT-Flow: a threshold from normal images only, with a stated false-alarm rate."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.data.utils import LabelName
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+NO_NORMALS = (
+    "There are no normal images for the threshold: give at least 2 normal training images, or a validation set with "
+    "normal "
+    "images, or ask for anomalib's F1 threshold with false_alarm_rate=None (null in a config)."
+)
+
+
+class ConformalThreshold(NamedTuple):
+    """A threshold and the false-alarm rate that it guarantees."""
+
+    threshold: Tensor
+    false_alarm_rate: float
+
+
+def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThreshold:
+    """Split-conformal threshold: the k-th smallest of n normal scores, ``k = n + 1 - floor(rate (n + 1))``.
+
+    If the n scores and that of the next normal image are exchangeable, the next one exceeds the threshold with a
+    probability of at most ``(n + 1 - k) / (n + 1) <= rate``, whatever the distribution. Where ``rate < 1 / (n + 1)``
+    no threshold can promise that: the largest score is taken, which promises ``1 / (n + 1)``. (Vovk et al., 2005; its
+    use here is ours.)
+
+    Args:
+        scores: Scores of n normal images that the model was not trained on, ``(n,)``.
+        false_alarm_rate: Rate in (0, 1).
+
+    Returns:
+        The threshold, above which a score is anomalous, and the rate that it guarantees.
+
+    Raises:
+        ValueError: If there are no scores, or one is NaN.
+    """
+    n = scores.numel()
+    if n == 0 or scores.isnan().any():
+        msg = (
+            f"{n} scores of normal images, {int(scores.isnan().sum())} of them NaN, give no threshold: check the "
+            f"calibration images."
+        )
+        raise ValueError(msg)
+    exceed = max(1, math.floor(round(false_alarm_rate * (n + 1), 9)))
+    return ConformalThreshold(scores.sort().values[n - exceed], exceed / (n + 1))
+
+
+class WTFlowPostProcessor(PostProcessor):
+    """Normalise scores around the threshold and label them; the threshold comes from normal images only.
+
+    With s >= 0 the raw score and T the threshold of :func:`conformal_threshold`, the normalised score is ``s / (s +
+    T)``: 0.5 at the threshold, 0.75 at three times the threshold, below 1 always, so that no two scores are clipped to
+    the same value. A score is anomalous if it exceeds ``1 - sensitivity``. The pixel threshold is the image threshold:
+    the image score is a mean of pixels of the map, so an anomalous image always has an anomalous pixel.
+
+    The normal images are those of the validation set, if none of them is also in the test set; else a seeded slice of
+    the training set, which the field is then not trained on.
+
+    A NaN score is an error in Python, and anomalous in an exported graph.
+
+    Args:
+        false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous; None for anomalib's own
+            post-processing (adaptive F1 threshold and min-max normalisation on the validation set).
+        calibration_ratio: Share of the training images, in (0, 1), in the slice.
+        calibration_seed: Seed of the slice.
+        **kwargs: Arguments of anomalib's ``PostProcessor``.
+
+    Raises:
+        ValueError: If a rate is outside (0, 1).
+    """
+
+    effective_false_alarm_rate: Tensor
+
+    def __init__(
+        self,
+        false_alarm_rate: float | None = 0.05,
+        calibration_ratio: float = 0.2,
+        calibration_seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, rate in (("false_alarm_rate", false_alarm_rate), ("calibration_ratio", calibration_ratio)):
+            if rate is not None and not 0 < rate < 1:
+                msg = f"{name} is {rate}: choose a share between 0 and 1, such as 0.05."
+                raise ValueError(msg)
+        self.false_alarm_rate = false_alarm_rate
+        self.calibration_ratio = calibration_ratio
+        self.calibration_seed = calibration_seed
+        self.register_buffer("effective_false_alarm_rate", torch.tensor(float("nan")))
+        self._calibration_data: Any = None
+        self._full_train_data: Any = None
+        self._calibrated_at = -1
+        self._warned = False
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "false_alarm_rate", "calibration_ratio", "calibration_seed")
+
+    # Calibration -----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the normal images for the threshold before the training data is loaded.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        del pl_module
+        self._calibrated_at = -1
+        datamodule = getattr(trainer, "datamodule", None)
+        if stage == "fit" and self.false_alarm_rate is not None and datamodule is not None:
+            others = [getattr(datamodule, name) for name in ("train_data", "test_data") if hasattr(datamodule, name)]
+            normals = self._normals(getattr(datamodule, "val_data", None), others)
+            self._calibration_data = self._hold_out(datamodule) if normals is None else normals
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a data module, take the normal images of the validation loader that the user gave.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        del pl_module
+        if self.false_alarm_rate is None or self._calibration_data is not None:
+            return
+        loaders = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
+        self._calibration_data = self._normals(getattr(loader, "dataset", None), [])
+        if self._calibration_data is None:
+            raise ValueError(NO_NORMALS)
+
+    @staticmethod
+    def _normals(data: Any, others: list[Any]) -> Any:
+        """Return the normal images of an anomalib data set; None if there are none or one of them is in another set."""
+        samples = getattr(data, "samples", None)
+        if samples is None:
+            return None
+        normal = (samples["label_index"] == LabelName.NORMAL).to_numpy().nonzero()[0].tolist()
+        paths = {samples["image_path"][index] for index in normal}
+        shared = any(paths & set(other.samples["image_path"]) for other in others)
+        return None if shared or not normal else data.subsample(normal)
+
+    def _hold_out(self, datamodule: Any) -> Any:
+        """Take a seeded slice out of the data module's training set, and return it."""
+        train_data = datamodule.train_data
+        count = max(1, round(self.calibration_ratio * len(train_data)))
+        if count >= len(train_data):
+            raise ValueError(NO_NORMALS)
+        order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(self.calibration_seed)).tolist()
+        held_out, kept = sorted(order[:count]), sorted(order[count:])
+        calibration_data = train_data.subsample(held_out)
+        calibration_data.augmentations = getattr(
+            getattr(datamodule, "test_data", None), "augmentations", train_data.augmentations
+        )
+        self._full_train_data = train_data
+        datamodule.train_data = train_data.subsample(kept)
+        return calibration_data
+
+    def _give_back(self, trainer: Trainer) -> None:
+        if self._full_train_data is not None and getattr(trainer, "datamodule", None) is not None:
+            trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
+        self._full_train_data = None
+        self._calibration_data = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the slice back to the data module, which other models may use after this one."""
+        del pl_module
+        if stage == "fit":
+            self._give_back(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the slice back."""
+        del pl_module, exception
+        self._give_back(trainer)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Gather what anomalib's threshold needs, if that was asked for."""
+        if self.false_alarm_rate is None:
+            super().on_validation_batch_end(*args, **kwargs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the threshold, before the checkpoint is written; a later validation run leaves it alone."""
+        if self.false_alarm_rate is None:
+            super().on_validation_epoch_end(trainer, pl_module)
+        elif trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._calibrate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the threshold where there is no validation."""
+        if not trainer.enable_validation or not trainer.num_val_batches:
+            self._calibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the threshold for the final weights, if the last validation was before the last step."""
+        self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (
+            self._calibration_data is None
+            or self.false_alarm_rate is None
+            or self._calibrated_at == trainer.global_step
+        ):
+            return
+        result = conformal_threshold(self._calibration_scores(trainer, pl_module), self.false_alarm_rate)
+        self._image_threshold.copy_(result.threshold)
+        self._pixel_threshold.copy_(result.threshold)
+        self.effective_false_alarm_rate.fill_(result.false_alarm_rate)
+        self._calibrated_at = trainer.global_step
+        if result.false_alarm_rate > self.false_alarm_rate and not self._warned:
+            self._warned = True
+            needed = math.ceil(round(1 / self.false_alarm_rate, 9)) - 1
+            rank_zero_warn(
+                f"false_alarm_rate={self.false_alarm_rate} needs at least {needed} normal images for the threshold and "
+                f"there are {len(self._calibration_data)}: the threshold guarantees {result.false_alarm_rate:.4f} "
+                "instead; give more good images to have the rate that you asked for.",
+            )
+
+    @torch.no_grad()
+    def _calibration_scores(self, trainer: Trainer, pl_module: Any) -> Tensor:
+        loader = DataLoader(
+            self._calibration_data,
+            batch_size=getattr(getattr(trainer, "datamodule", None), "eval_batch_size", 32),
+            collate_fn=self._calibration_data.collate_fn,
+        )
+        training = pl_module.training
+        pl_module.eval()
+        scores = []
+        for index, batch in enumerate(loader):
+            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            if isinstance(pl_module.pre_processor, PreProcessor):
+                pl_module.pre_processor.on_validation_batch_start(trainer, pl_module, batch, index)
+            scores.append(pl_module.validation_step(batch, index).pred_score.detach().cpu())
+        pl_module.train(training)
+        return torch.cat(scores)
+
+    # Application -----------------------------------------------------------------------------------------------------
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Normalise and label raw predictions, in Python and in exported graphs.
+
+        Raises:
+            ValueError: If a score is NaN, or there is no threshold yet (in Python only).
+        """
+        score, anomaly_map = predictions.pred_score, predictions.anomaly_map
+        if score is None:
+            msg = "WTFlowPostProcessor needs pred_score: give it what WTFlowModel returns."
+            raise ValueError(msg)
+        self._check(score)
+        if self.false_alarm_rate is None:
+            result = super().forward(predictions)
+            return result._replace(
+                pred_label=self._or_nan(result.pred_label, score), pred_mask=self._or_nan(result.pred_mask, anomaly_map)
+            )
+        return InferenceBatch(
+            pred_score=self._normalise(score, self.image_threshold),
+            pred_label=self._label(score, self.image_threshold, self.image_sensitivity),
+            anomaly_map=self._normalise(anomaly_map, self.pixel_threshold),
+            pred_mask=self._label(anomaly_map, self.pixel_threshold, self.pixel_sensitivity),
+        )
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Normalise and label a batch in test and predict, as :meth:`forward` does.
+
+        Raises:
+            ValueError: If a score is NaN, or there is no threshold yet.
+        """
+        result = self.forward(InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map))
+        batch.update(**{name: value for name, value in result._asdict().items() if value is not None})
+
+    def _check(self, score: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if score.isnan().any():
+            msg = (
+                f"{int(score.isnan().sum())} of {score.numel()} scores are NaN, which is neither normal nor anomalous: "
+                "the weights or the images are broken; load another checkpoint or train again."
+            )
+            raise ValueError(msg)
+        if self.enable_thresholding and self.image_threshold.isnan():
+            msg = "There is no threshold: train the model, or load a trained checkpoint (--ckpt_path)."
+            raise ValueError(msg)
+
+    @staticmethod
+    def _or_nan(label: Tensor | None, raw: Tensor | None) -> Tensor | None:
+        return label if label is None or raw is None else label.bool() | raw.isnan()
+
+    def _normalise(self, raw: Tensor | None, threshold: Tensor) -> Tensor | None:
+        if raw is None or not self.enable_normalization:
+            return raw
+        return raw / (raw + threshold.clamp(min=torch.finfo(raw.dtype).tiny))
+
+    def _label(self, raw: Tensor | None, threshold: Tensor, sensitivity: float) -> Tensor | None:
+        if raw is None or not self.enable_thresholding:
+            return None
+        # s / (s + T) > 1 - sensitivity, on the raw scale: exact at the threshold, and the same without normalisation.
+        limit = threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
+        return (raw > limit) | raw.isnan() | threshold.isnan()

@@ -1,0 +1,33 @@
+"""Optimisers and learning-rate schedules by name."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import optim
+
+OptimizerName = Literal["adamw", "adam", "sgd"]
+SchedulerName = Literal["cosine", "step", "constant"]
+
+Schedule = Callable[[int], float]
+
+
+def cosine(total: float) -> Schedule:
+    """``(1 + cos(pi k / K)) / 2`` at step k of K."""
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+
+
+def step(total: float) -> Schedule:
+    """``0.1^floor(3 k / K)``: a tenth after each third of the training (the paper's StepLR; its step size is ours)."""
+    return lambda step: 0.1 ** min(int(3 * step / total), 2)
+
+
+def constant(total: float) -> Schedule:
+    """1 throughout."""
+    del total
+    return lambda _: 1.0
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
+SCHEDULERS: dict[str, Callable[[float], Schedule]] = {"cosine": cosine, "step": step, "constant": constant}
+"""Each takes the total number of steps K, possibly infinite, and gives the factor on the learning rate at step k."""

@@ -1,0 +1,155 @@
+"""WT-Flow in plain torch: features, normalisation, vector field, flow, density proxy, anomaly map."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
+from anomalib_wtflow.coupling import get_coupling
+from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
+from anomalib_wtflow.field import get_field
+from anomalib_wtflow.normalization import get_normalization
+from anomalib_wtflow.path import ProbabilityPath
+from anomalib_wtflow.solver import Solver
+
+
+class WTFlowModel(nn.Module):
+    """Time-reversed flow matching with worst transport on the features of a frozen backbone (arXiv 2508.05461v3).
+
+    Training: ``x0`` = normalised features, ``t ~ U(0, 1)``, ``eps ~ N(0, I)`` coupled to ``x0``; the field is
+    regressed on the velocity of the path. Inference: ``y`` = where the flow carries ``x0``, anomaly map from ``-log q
+    = 1/2 mean_c y_c^2``. The path, coupling, network, solver and normalisation are chosen by name and independently.
+
+    Args:
+        backbone: Name of a timm CNN.
+        layers: Feature layers, finest first; None for those at strides 8 and 16.
+        pre_trained: Whether the backbone gets trained weights.
+        weights: Local weights file of the backbone, or None.
+        pool_size: Side of the window that the features are averaged over, odd; 1 for none.
+        pool_stride: Stride of that window.
+        merge: ``finest`` or ``coarsest``: whose size the layers are brought to.
+        normalization: ``layer_norm``, ``channel`` or ``whitening``; the last two are fitted on the training set.
+        network: Vector field, ``pointwise`` or ``unet``.
+        width: Width of the network; None for its own default.
+        depth: Depth of the network; None for its own default.
+        path: ``linear``, ``gaussian`` or ``variance_preserving``.
+        s_min: Noise level of the path at t = 0.
+        coupling: One of :data:`anomalib_wtflow.coupling.COUPLINGS`.
+        solver: ``euler``, ``midpoint`` or ``rk4``.
+        steps: Solver steps.
+        start_time: Time t_s in [0, 1) at which inference enters the flow, see :meth:`flow`. 0 is the paper's one-step
+            inference ``y = x0 + v(x0, 0)``; one Euler step on the linear path gives ``y = x0 + v((1 - t_s) x0, t_s)``
+            (ours).
+        anomaly_map: ``absolute`` or ``relative``.
+        top_fraction: Share of the map that makes the image score.
+
+    Raises:
+        ValueError: If a name is unknown or a number is out of range; the message lists what is valid.
+        RuntimeError: If the backbone's weights cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        pool_size: int = 3,
+        pool_stride: int = 1,
+        merge: str = "coarsest",
+        normalization: str = "whitening",
+        network: str = "pointwise",
+        width: int | None = None,
+        depth: int | None = None,
+        path: str = "linear",
+        s_min: float = 0.01,
+        coupling: str = "worst_of_two",
+        solver: str = "euler",
+        steps: int = 1,
+        start_time: float = 0.3,
+        anomaly_map: str = "absolute",
+        top_fraction: float = 0.03,
+    ) -> None:
+        super().__init__()
+        if not 0 <= start_time < 1:
+            msg = f"start_time is {start_time}: choose a time in [0, 1)."
+            raise ValueError(msg)
+        self.path = ProbabilityPath(path, s_min)
+        self.coupling = get_coupling(coupling)
+        self.solver = Solver(solver, steps)
+        self.start_time = start_time
+        self.anomaly_map_generator = AnomalyMapGenerator(anomaly_map, top_fraction)
+        self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, weights, pool_size, pool_stride, merge)
+        channels = self.feature_extractor.out_channels
+        self.normalization = get_normalization(normalization, channels)
+        self.field = get_field(network, channels, width, depth)
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Return the backbone's features of pre-processed images ``(N, 3, H, W)``, as ``(N, C, H', W')``.
+
+        Raises:
+            ValueError: If the images are too small for the backbone or for the network.
+        """
+        features = self.feature_extractor(images)
+        smallest = self.field.min_size
+        if min(features.shape[-2:]) < smallest:
+            msg = (
+                f"Images of {images.shape[-2]}x{images.shape[-1]} pixels give "
+                f"{features.shape[-2]}x{features.shape[-1]} features, "
+                f"and the network needs {smallest}x{smallest}: raise image_size, or choose a finer layer or "
+                f"network='pointwise'."
+            )
+            raise ValueError(msg)
+        return features
+
+    def regress(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw times and noise, and return the field's prediction and the velocity that it should match.
+
+        Args:
+            features: Backbone features ``(N, C, H, W)``.
+
+        Returns:
+            ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H, W)``.
+        """
+        x0 = self.normalization(features)
+        t = torch.rand(len(x0), device=x0.device)
+        sample = self.path.sample(x0, self.coupling(x0, torch.randn_like(x0)), t)
+        return self.field(sample.x_t, sample.t), sample.velocity
+
+    def flow(self, x0: Tensor) -> Tensor:
+        """Carry normalised features ``(N, C, H, W)`` along the learnt field; near 0 is normal.
+
+        ``y = x0 + (x(1) - x(t_s)) / (1 - t_s)`` with ``dx/dt = v(x, t)`` from ``x(t_s) = a_{t_s} x0``: the mean
+        velocity from the start time on, followed for one unit of time.
+        """
+        start = self.path.coefficients(torch.tensor(self.start_time)).a.item() * x0
+        end = self.solver.integrate(self.field, start, self.start_time, 1.0)
+        return x0 + (end - start) / (1 - self.start_time)
+
+    def predict(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> InferenceBatch:
+        """Score backbone features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).
+
+        Raises:
+            RuntimeError: If the normalisation was never fitted: the model is not trained.
+        """
+        if not torch.compiler.is_compiling() and not self.normalization.fitted:
+            msg = "This WTFlow model is not trained: fit it first, or load a checkpoint (--ckpt_path)."
+            raise RuntimeError(msg)
+        y = self.flow(self.normalization(features))
+        anomaly_map, pred_score = self.anomaly_map_generator(density_proxy(y), image_size)
+        return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
+
+    def forward(self, images: Tensor) -> InferenceBatch | tuple[Tensor, Tensor]:
+        """Run pre-processed images ``(N, 3, H, W)``.
+
+        Returns:
+            While training, what :meth:`regress` gives the loss; else image scores ``(N,)`` and anomaly maps ``(N, 1,
+            H, W)``.
+        """
+        features = self.extract(images)
+        if self.training:
+            return self.regress(features)
+        return self.predict(features, images.shape[-2:])
