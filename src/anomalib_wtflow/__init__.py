@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anomalib_wtflow.baselines import FastflowBaseline
     from anomalib_wtflow.lightning_model import WTFlow
     from anomalib_wtflow.loss import WTFlowLoss
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from anomalib_wtflow.torch_model import WTFlowModel
 
 __version__ = "0.1.0"
-__all__ = ["SyntheticParts", "WTFlow", "WTFlowLoss", "WTFlowModel", "WTFlowPostProcessor"]
+__all__ = ["FastflowBaseline", "SyntheticParts", "WTFlow", "WTFlowLoss", "WTFlowModel", "WTFlowPostProcessor"]
 
 _HOMES = {
+    "FastflowBaseline": "baselines",
     "SyntheticParts": "synthetic",
     "WTFlow": "lightning_model",
     "WTFlowLoss": "loss",

@@ -229,7 +229,7 @@ class FeatureExtractor(nn.Module):
             ValueError: If the images are too small for the backbone.
         """
         try:
-            maps = self.network(images)
+            maps = self._maps(images)
         except RuntimeError as error:
             msg = (
                 f"Images of {images.shape[-2]}x{images.shape[-1]} pixels are too small for '{self.backbone}': raise "
@@ -240,3 +240,11 @@ class FeatureExtractor(nn.Module):
             maps = [F.avg_pool2d(m, self.pool_size, self.pool_stride, self.pool_size // 2) for m in maps]
         size = maps[self.reference].shape[-2:]
         return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.network(images)
+        # Larger activations than the C library keeps for reuse are mapped anew for every layer: on two cores,
+        # 256 px, two images at a time took 16 ms an image and 32 at a time 47 ms.
+        chunks = [self.network(chunk) for chunk in images.split(2)]
+        return [torch.cat(layer) for layer in zip(*chunks, strict=True)]

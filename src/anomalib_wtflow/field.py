@@ -116,7 +116,7 @@ class UNetField(nn.Module):
         ValueError: If the width is odd or below 2.
     """
 
-    min_size = 4
+    min_size = 8
 
     def __init__(self, channels: int, width: int = 48, depth: int = 2) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class UNetField(nn.Module):
         self.head = nn.Conv2d(width, channels, 1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity at points ``(N, C, H, W)``, H and W >= 4, and times ``(N,)``."""
+        """Return the velocity at points ``(N, C, H, W)``, H and W at least 8, and times ``(N,)``."""
         embedding = self.embedding(t)
         h = self.stem(x)
         skips = []

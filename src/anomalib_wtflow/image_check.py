@@ -1,5 +1,6 @@
 """Check of the image files: one clear sentence instead of a worker's traceback."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ def image_paths(dataset: Any) -> list[str]:
     if samples is None:
         return [str(path) for path in getattr(dataset, "image_filenames", [])]
     columns = [samples[name] for name in ("image_path", "mask_path") if name in samples]
-    return [path for column in columns for path in column.astype(str) if path not in ("", "nan", "None")]
+    return [path for column in columns for path in column if isinstance(path, str) and path]
 
 
 def is_readable(path: str, decode: bool) -> bool:
@@ -49,12 +50,16 @@ class ImageCheck(Callback):
         self._raise_for_unreadable(trainer, decode=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Name the broken files when reading one of them has failed.
+        """Name the broken files when reading one of them has failed, or the folder in which anomalib found no image.
 
         Raises:
-            ValueError: If a file does not decode.
+            ValueError: If a file does not decode, or a folder is empty.
         """
         del pl_module
+        empty = re.match(r"Found 0 \S+ images in (.+?)( with extensions|$)", str(exception))
+        if empty:
+            msg = f"There are no images in '{empty[1]}': put images there, or give the data module another folder."
+            raise ValueError(msg) from exception
         if isinstance(exception, OSError | SyntaxError):
             self._raise_for_unreadable(trainer, decode=True, cause=exception)
 

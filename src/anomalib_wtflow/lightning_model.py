@@ -13,8 +13,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
@@ -25,6 +24,7 @@ from anomalib_wtflow._registration import register_model
 from anomalib_wtflow._registry import lookup
 from anomalib_wtflow.anomaly_map import MapName
 from anomalib_wtflow.coupling import BATCH_COUPLINGS, CouplingName
+from anomalib_wtflow.epoch_default import EpochDefault
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, MergeName, get_data_config
 from anomalib_wtflow.field import FieldName
 from anomalib_wtflow.image_check import ImageCheck
@@ -38,7 +38,7 @@ from anomalib_wtflow.torch_model import WTFlowModel
 
 
 @register_model
-class WTFlow(AnomalibModule):
+class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
     The first 19 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
@@ -217,24 +217,8 @@ class WTFlow(AnomalibModule):
         """One-class: trained on normal images only."""
         return LearningType.ONE_CLASS
 
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer that runs this model."""
-        return LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:
-        # Lightning turns an unset limit into 1000 epochs right after this, and anomalib's `trainer_arguments` would
-        # override what the user set: this is the one place that can tell the two apart.
-        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return
-        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
-            trainer.fit_loop.max_epochs = self.max_epochs
-
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "WTFlow":  # type: ignore[override]
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint. The backbone's weights come from it, so neither a hub nor the weights file is needed."""
         return super().load_from_checkpoint(*args, **{"pre_trained": False, "weights": None, **kwargs})
 
@@ -293,7 +277,7 @@ class WTFlow(AnomalibModule):
             on_step=False,
             on_epoch=True,
             prog_bar=True,
-            batch_size=batch.batch_size,
+            batch_size=len(batch.image),  # type: ignore[arg-type]
             sync_dist=True,
         )
         return {"loss": loss}

@@ -1,0 +1,48 @@
+"""Fixtures: a small drawn data set, and one model trained on it, shared by all tests that need one."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from lightning import seed_everything
+
+from anomalib_wtflow import SyntheticParts, WTFlow
+
+os.environ["TRUST_REMOTE_CODE"] = "1"  # anomalib's TorchInferencer asks for it: the .pt file pickles the module
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def parts_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parts")
+
+
+@pytest.fixture
+def parts(parts_root: Path) -> SyntheticParts:
+    """A data set of 128 px: 16 good parts to train on, 20 + 3 x 4 to validate and test on."""
+    return SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, image_size=128)
+
+
+@pytest.fixture(scope="session")
+def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A model trained on the small data set for three epochs: its module, results folder, checkpoint and engine."""
+    root = tmp_path_factory.mktemp("trained")
+    seed_everything(0)
+    parts = SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, image_size=128)
+    model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1)
+    engine = Engine(default_root_dir=root, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    engine.fit(model, datamodule=parts)
+    return SimpleNamespace(model=model.eval(), root=root, checkpoint=Path(engine.best_model_path), parts=parts)
+
+
+def quiet_engine(root: Path, **kwargs: object) -> Engine:
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(default_root_dir=root, **{**options, **kwargs})

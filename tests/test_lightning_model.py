@@ -1,0 +1,268 @@
+"""Training through anomalib's Engine: limits, seeds, thresholds, failures."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from anomalib.data import Folder
+from lightning import seed_everything
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.post_processor import conformal_threshold
+from conftest import quiet_engine
+
+SMALL = {"image_size": 64, "false_alarm_rate": 0.3}  # a rate that three calibration images support
+
+
+def as_mvtec(parts: SyntheticParts, **kwargs: object) -> Folder:
+    """The same images with validation = test, as anomalib's MVTecAD has it."""
+    parts.prepare_data()
+    options = {"val_split_mode": "same_as_test", "num_workers": 0, "train_batch_size": 8, **kwargs}
+    return Folder(
+        "parts", "train/good", parts.root, "test/scratch", "test/good", "ground_truth/scratch", **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [({}, 4), ({"max_epochs": 7}, 7), ({"max_epochs": 1000}, 1000), ({"max_epochs": -1}, -1), ({"max_steps": 9}, None)],
+)
+def test_the_users_limit_wins(trainer: dict[str, int], expected: int | None, tmp_path: Path) -> None:
+    """None: left to Lightning, which then stops after max_steps."""
+    model = WTFlow(max_epochs=4, **SMALL)
+    engine = quiet_engine(tmp_path, **trainer)
+    engine._setup_trainer(model)
+    engine.trainer.state.fn = TrainerFn.FITTING
+    model.trainer = engine.trainer
+    assert engine.trainer.max_epochs == expected
+    assert engine.trainer.max_steps == trainer.get("max_steps", -1)
+
+
+def test_a_time_limit_wins(tmp_path: Path) -> None:
+    model = WTFlow(**SMALL)
+    engine = quiet_engine(tmp_path, callbacks=[Timer("00:00:01:00")])
+    engine._setup_trainer(model)
+    engine.trainer.state.fn = TrainerFn.FITTING
+    model.trainer = engine.trainer
+    assert engine.trainer.max_epochs is None
+
+
+def test_default_epochs_are_run(trained: SimpleNamespace) -> None:
+    assert torch.load(trained.checkpoint, weights_only=False)["epoch"] == 2  # the third of max_epochs=3
+
+
+def test_the_backbone_is_untouched(trained: SimpleNamespace) -> None:
+    fresh = WTFlow(**SMALL).model.feature_extractor.state_dict()
+    for name, tensor in trained.model.model.feature_extractor.state_dict().items():
+        assert torch.equal(tensor, fresh[name]), name
+
+
+def test_pre_processing_belongs_to_the_backbone() -> None:
+    for name, mean, side in (("tf_efficientnet_lite0", 0.5, 256), ("resnet18", 0.485, 235)):  # 224 / 0.95 = 235
+        resize, normalize = WTFlow(backbone=name, pre_trained=False).pre_processor.transform.transforms
+        assert list(resize.size) == [side, side]
+        assert normalize.mean[0] == mean
+    assert WTFlow(image_size=(96, 160)).input_size == (96, 160)
+    assert WTFlow.configure_pre_processor((64, 80)).transform.transforms[0].size == [64, 80]
+
+
+@pytest.mark.slow
+def test_same_seed_same_scores(parts: SyntheticParts, tmp_path: Path) -> None:
+    def train(seed: int) -> torch.Tensor:
+        seed_everything(seed)
+        model = WTFlow(max_epochs=2, **SMALL)
+        quiet_engine(tmp_path).fit(model, datamodule=as_mvtec(parts))
+        return model.eval()(torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64)).anomaly_map
+
+    first, second, other = train(1), train(1), train(2)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other, rtol=1e-3)
+
+
+def test_threshold_from_validation_normals(trained: SimpleNamespace) -> None:
+    """Where validation and test are disjoint, the threshold is the conformal quantile of the validation normals."""
+    parts, model = trained.parts, trained.model
+    normals = [item for item in parts.val_data if item.gt_label == 0]
+    raw = torch.cat([model.model(model.pre_processor.transform(item.image[None])).pred_score for item in normals])
+    expected = conformal_threshold(raw, 0.1)
+    assert len(normals) == 10
+    torch.testing.assert_close(model.post_processor.image_threshold, expected.threshold, rtol=1e-4, atol=1e-5)
+    assert model.post_processor.effective_false_alarm_rate == pytest.approx(1 / 11)
+    assert len(parts.train_data) == 16
+
+
+def test_threshold_from_a_slice_of_the_training_set(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Where validation is the test set: a seeded slice, kept out of training, given back afterwards."""
+    seen: set[str] = set()
+
+    class Spy(WTFlow):
+        def training_step(self, batch, *args, **kwargs):
+            seen.update(batch.image_path)
+            return super().training_step(batch, *args, **kwargs)
+
+    module = as_mvtec(parts)
+    model = Spy(max_epochs=1, calibration_ratio=0.25, **SMALL)
+    chosen: list[list[str]] = []
+    calibrate = model.post_processor._calibrate
+    model.post_processor._calibrate = lambda *args: (
+        chosen.append(list(model.post_processor._calibration_data.samples.image_path)),
+        calibrate(*args),
+    )
+    quiet_engine(tmp_path).fit(model, datamodule=module)
+    everything = set(module.train_data.samples.image_path)
+    assert len(everything) == 16
+    assert len(chosen[0]) == 4
+    assert set(chosen[0]) == everything - seen
+    assert not set(chosen[0]) & set(module.test_data.samples.image_path)
+    items = [item for item in module.train_data if item.image_path in chosen[0]]
+    transform = model.pre_processor.transform
+    raw = torch.cat([model.eval().model(transform(item.image[None])).pred_score for item in items])
+    torch.testing.assert_close(model.post_processor.image_threshold, conformal_threshold(raw, 0.3).threshold)
+    assert model.post_processor.effective_false_alarm_rate == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0])
+def test_good_images_only(parts: SyntheticParts, tmp_path: Path, limit: float) -> None:
+    """A folder of good images and nothing else, also without any validation: a threshold, and a checkpoint with it."""
+    parts.prepare_data()
+    module = Folder("good", "train/good", parts.root, num_workers=0, seed=0)
+    model = WTFlow(max_epochs=1, **{**SMALL, "false_alarm_rate": 0.5})
+    engine = quiet_engine(tmp_path, limit_val_batches=limit)
+    engine.fit(model, datamodule=module)
+    assert model.post_processor.image_threshold > 0
+    saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]["post_processor._image_threshold"]
+    assert saved == model.post_processor.image_threshold
+
+
+def test_the_threshold_is_of_the_last_weights(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Validation every second epoch of three: the weights in memory are younger than the last validation."""
+    module = as_mvtec(parts)
+    model = WTFlow(max_epochs=3, learning_rate=0.01, **SMALL)
+    quiet_engine(tmp_path, check_val_every_n_epoch=2).fit(model, datamodule=module)
+    assert model.post_processor._calibrated_at == 3 * 2  # 13 images in batches of 8
+    assert model.trainer.global_step == 3 * 2
+
+
+def test_plain_data_loaders(parts: SyntheticParts, tmp_path: Path) -> None:
+    parts.setup()
+    model = WTFlow(max_epochs=1, **{**SMALL, "false_alarm_rate": 0.2})
+    quiet_engine(tmp_path).fit(model, parts.train_dataloader(), parts.val_dataloader())
+    assert model.post_processor.effective_false_alarm_rate == pytest.approx(2 / 11)
+    with pytest.raises(ValueError, match="There are no normal images for the threshold"):
+        quiet_engine(tmp_path).fit(WTFlow(max_epochs=1, **SMALL), parts.train_dataloader())
+
+
+def test_too_few_images_for_the_rate(parts: SyntheticParts, tmp_path: Path) -> None:
+    model = WTFlow(max_epochs=1, **{**SMALL, "false_alarm_rate": 0.01})
+    message = (
+        r"false_alarm_rate=0.01 needs at least 99 normal images for the threshold and there are 3: .* 0.2500 instead"
+    )
+    with pytest.warns(UserWarning, match=message):
+        quiet_engine(tmp_path).fit(model, datamodule=as_mvtec(parts))
+
+
+def test_f1_when_asked(parts: SyntheticParts, tmp_path: Path) -> None:
+    model = WTFlow(max_epochs=1, **{**SMALL, "false_alarm_rate": None})
+    module = as_mvtec(parts)
+    quiet_engine(tmp_path).fit(model, datamodule=module)
+    assert len(module.train_data) == 16
+    assert model.post_processor.image_threshold.isfinite()
+    assert model.post_processor.effective_false_alarm_rate.isnan()
+
+
+def test_a_later_validation_leaves_the_threshold(trained: SimpleNamespace, tmp_path: Path) -> None:
+    model = WTFlow(image_size=128)
+    quiet_engine(tmp_path).validate(model, datamodule=trained.parts, ckpt_path=trained.checkpoint)
+    assert torch.equal(model.post_processor.image_threshold, trained.model.post_processor.image_threshold)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_loss_stops_and_keeps_the_checkpoint(parts: SyntheticParts, tmp_path: Path, value: float) -> None:
+    class Breaks(WTFlow):
+        def training_step(self, batch, *args, **kwargs):
+            if self.current_epoch == 2:
+                self.loss.forward = lambda prediction, velocity: prediction.sum() * value
+            return super().training_step(batch, *args, **kwargs)
+
+    model, engine = Breaks(max_epochs=5, **SMALL), quiet_engine(tmp_path)
+    module = as_mvtec(parts)
+    with pytest.raises(
+        RuntimeError, match=r"The training loss became (nan|-?inf) in epoch 2: lower .* checkpoint is .*ckpt"
+    ):
+        engine.fit(model, datamodule=module)
+    good = torch.load(engine.best_model_path, weights_only=False)
+    assert good["epoch"] == 1
+    assert all(t.isfinite().all() for t in good["state_dict"].values() if t.is_floating_point() and t.numel() > 1)
+    assert len(module.train_data) == 16  # the slice was given back
+
+
+def test_broken_weights_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The loss is still finite, but the last update was not."""
+
+    class Breaks(WTFlow):
+        def on_train_batch_end(self, *args):
+            if self.current_epoch == 1:
+                torch.nn.init.constant_(self.model.field.head.weight, math.nan)
+
+    engine = quiet_engine(tmp_path)
+    with pytest.raises(RuntimeError, match=r"The (scores|training loss) became (NaN|nan) in epoch 1"):
+        engine.fit(Breaks(max_epochs=3, **SMALL), datamodule=as_mvtec(parts, train_batch_size=16))
+    assert torch.load(engine.best_model_path, weights_only=False)["epoch"] == 0
+
+
+def test_batch_of_one(parts: SyntheticParts, tmp_path: Path) -> None:
+    module = as_mvtec(parts, train_batch_size=1)
+    with pytest.raises(
+        ValueError, match=r"coupling 'worst' rearranges noise .* batch size is 1: raise --data.train_batch_size"
+    ):
+        quiet_engine(tmp_path).fit(WTFlow(coupling="worst", max_epochs=1, **SMALL), datamodule=module)
+    model = WTFlow(max_epochs=1, network="unet", width=8, merge="finest", **SMALL)
+    quiet_engine(tmp_path).fit(model, datamodule=module)
+    assert model.post_processor.image_threshold.isfinite()
+
+
+def test_reload_needs_neither_hub_nor_file(parts: SyntheticParts, tmp_path: Path) -> None:
+    """A backbone from a local file, which is gone when the checkpoint is loaded."""
+    import timm
+
+    weights = tmp_path / "backbone.pth"
+    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), weights)
+    model = WTFlow(backbone="resnet10t", weights=str(weights), max_epochs=1, **{**SMALL, "false_alarm_rate": 0.2})
+    engine = quiet_engine(tmp_path)
+    engine.fit(model, datamodule=as_mvtec(parts))
+    weights.unlink()
+    loaded = WTFlow.load_from_checkpoint(engine.best_model_path).eval()
+    images = torch.rand(2, 3, 64, 64)
+    for got, expected in zip(loaded(images), model.eval()(images), strict=True):
+        assert torch.equal(got, expected)
+    assert loaded.post_processor.false_alarm_rate == 0.2
+
+
+def test_schedules(tmp_path: Path) -> None:
+    from anomalib_wtflow.schedule import SCHEDULERS
+
+    factors = {name: [schedule(9)(k) for k in range(10)] for name, schedule in SCHEDULERS.items()}
+    assert factors["constant"] == [1.0] * 10
+    assert factors["step"] == pytest.approx([1] * 3 + [0.1] * 3 + [0.01] * 4)
+    assert factors["cosine"] == pytest.approx([math.cos(math.pi * k / 18) ** 2 for k in range(10)])
+    assert SCHEDULERS["cosine"](math.inf)(10**6) == 1
+
+
+def test_bad_arguments() -> None:
+    for kwargs, message in [
+        ({"max_epochs": 0}, "max_epochs is 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"optimizer": "adagrad"}, "Unknown optimizer 'adagrad': .*choose one of adamw, adam, sgd"),
+        ({"scheduler": "linear"}, "Unknown scheduler 'linear': .*choose one of cosine, step, constant"),
+        ({"network": "resnet"}, "Unknown network 'resnet': .*choose one of pointwise, unet"),
+        ({"path": "cubic"}, "Unknown path 'cubic'"),
+        ({"backbone": "nonesuch"}, "Unknown backbone 'nonesuch'"),
+        ({"false_alarm_rate": 1.0}, "false_alarm_rate is 1.0"),
+        ({"image_size": 0}, "image_size is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            WTFlow(**kwargs)
