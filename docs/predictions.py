@@ -1,4 +1,4 @@
-"""Make docs/images/predictions.png: train as `anomalib train --config configs/quickstart.yaml` does, and draw predictions.
+"""Make docs/images/predictions.png: train as the quickstart does, and draw predictions.
 
 Usage: python docs/predictions.py
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from anomalib_wtflow import SyntheticParts, WTFlow
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 TARGET = Path(__file__).parent / "images" / "predictions.png"
 ROWS = ("image", "ground truth", "anomaly map", "prediction")
@@ -33,8 +33,9 @@ def main() -> None:
         kinds: dict[str, list] = {}
         for item in items:
             kinds.setdefault(Path(item.image_path).parent.name, []).append(item)
-        chosen = {kind: sorted(group, key=lambda i: float(i.pred_score))[len(group) // 2] for kind, group in kinds.items()}
-        draw([(kind, chosen[kind]) for kind in ("good", "scratch", "stain", "missing")])
+        for group in kinds.values():
+            group.sort(key=lambda item: float(item.pred_score))
+        draw([(kind, kinds[kind][len(kinds[kind]) // 2]) for kind in ("good", "scratch", "stain", "missing")])
 
 
 def draw(columns: list[tuple[str, object]]) -> None:

@@ -28,7 +28,7 @@ def parts_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def parts(parts_root: Path) -> SyntheticParts:
     """A data set of 128 px: 16 good parts to train on, 20 + 3 x 4 to validate and test on."""
-    return SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, image_size=128)
+    return SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, side=128)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     """A model trained on the small data set for three epochs: its module, results folder, checkpoint and engine."""
     root = tmp_path_factory.mktemp("trained")
     seed_everything(0)
-    parts = SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, image_size=128)
+    parts = SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, side=128)
     model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1)
     engine = Engine(default_root_dir=root, logger=False, enable_progress_bar=False, enable_model_summary=False)
     engine.fit(model, datamodule=parts)

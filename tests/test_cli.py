@@ -121,7 +121,7 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     """The config that is shipped, with fewer and smaller images."""
     config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
     config["benchmark"]["data"]["init_args"] = {
-        "train_images": 8, "test_images": 8, "defect_images": 2, "image_size": 128, "root": str(tmp_path / "data"),
+        "train_images": 8, "test_images": 8, "defect_images": 2, "side": 128, "root": str(tmp_path / "data"),
     }  # fmt: skip
     (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     import pandas as pd

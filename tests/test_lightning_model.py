@@ -149,9 +149,9 @@ def test_the_threshold_is_of_the_last_weights(parts: SyntheticParts, tmp_path: P
 
 def test_plain_data_loaders(parts: SyntheticParts, tmp_path: Path) -> None:
     parts.setup()
-    model = WTFlow(max_epochs=1, **{**SMALL, "false_alarm_rate": 0.2})
+    model = WTFlow(max_epochs=1, **SMALL)
     quiet_engine(tmp_path).fit(model, parts.train_dataloader(), parts.val_dataloader())
-    assert model.post_processor.effective_false_alarm_rate == pytest.approx(2 / 11)
+    assert model.post_processor.effective_false_alarm_rate == pytest.approx(3 / 11)
     with pytest.raises(ValueError, match="There are no normal images for the threshold"):
         quiet_engine(tmp_path).fit(WTFlow(max_epochs=1, **SMALL), parts.train_dataloader())
 
@@ -231,7 +231,7 @@ def test_reload_needs_neither_hub_nor_file(parts: SyntheticParts, tmp_path: Path
 
     weights = tmp_path / "backbone.pth"
     torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), weights)
-    model = WTFlow(backbone="resnet10t", weights=str(weights), max_epochs=1, **{**SMALL, "false_alarm_rate": 0.2})
+    model = WTFlow(backbone="resnet10t", weights=str(weights), max_epochs=1, **SMALL)
     engine = quiet_engine(tmp_path)
     engine.fit(model, datamodule=as_mvtec(parts))
     weights.unlink()
@@ -239,7 +239,7 @@ def test_reload_needs_neither_hub_nor_file(parts: SyntheticParts, tmp_path: Path
     images = torch.rand(2, 3, 64, 64)
     for got, expected in zip(loaded(images), model.eval()(images), strict=True):
         assert torch.equal(got, expected)
-    assert loaded.post_processor.false_alarm_rate == 0.2
+    assert loaded.post_processor.false_alarm_rate == 0.3
 
 
 def test_schedules(tmp_path: Path) -> None:

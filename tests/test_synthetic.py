@@ -50,17 +50,17 @@ def test_layout(parts: SyntheticParts) -> None:
 
 
 def test_setup_draws_by_itself_and_only_once(tmp_path: Path) -> None:
-    data = SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, image_size=32)
+    data = SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, side=32)
     data.setup()
     first = Path(data.root) / "train/good/000.png"
     stamp = first.stat().st_mtime_ns
-    SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, image_size=32).setup()
+    SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, side=32).setup()
     assert first.stat().st_mtime_ns == stamp
     assert not list(tmp_path.glob(".drawing*"))
 
 
 def test_an_interrupted_drawing_is_drawn_again(tmp_path: Path) -> None:
-    data = SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, image_size=32)
+    data = SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, side=32)
     (Path(data.root) / "train/good").mkdir(parents=True)
     data.setup()
     assert len(data.train_data) == 2

@@ -29,7 +29,7 @@ class PluginFinder:
         if fullname != TARGET:
             return None
         for finder in sys.meta_path:
-            find = None if isinstance(finder, PluginFinder) else getattr(finder, "find_spec", None)
+            find = None if is_ours(finder) else getattr(finder, "find_spec", None)
             spec = find(fullname, path, target) if find else None
             if spec is None or spec.loader is None:
                 continue
@@ -42,6 +42,11 @@ class PluginFinder:
             spec.loader.exec_module = exec_module
             return spec
         return None
+
+
+def is_ours(finder: Any) -> bool:
+    """Whether a finder is a :class:`PluginFinder`, also one from before this module was reloaded."""
+    return type(finder).__module__ == __name__
 
 
 def load_plugin() -> None:
@@ -61,7 +66,7 @@ def load_plugin() -> None:
 
 def install() -> None:
     """Put the finder first on ``sys.meta_path``, once."""
-    if not any(isinstance(finder, PluginFinder) for finder in sys.meta_path):
+    if not any(map(is_ours, sys.meta_path)):
         sys.meta_path.insert(0, PluginFinder())
 
 

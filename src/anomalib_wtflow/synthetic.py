@@ -136,7 +136,7 @@ class SyntheticParts(Folder):
         train_images: Good parts to train on.
         test_images: Good parts to test on.
         defect_images: Defective parts of each kind to test on.
-        image_size: Side of the images in pixels, at least 32.
+        side: Side of the images in pixels, at least 32. (Not `image_size`: anomalib turns that name into a tuple.)
         train_batch_size: Training batch size.
         eval_batch_size: Validation and test batch size.
         num_workers: Loader processes.
@@ -154,7 +154,7 @@ class SyntheticParts(Folder):
         train_images: int = 64,
         test_images: int = 40,
         defect_images: int = 16,
-        image_size: int = 256,
+        side: int = 256,
         train_batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 0,
@@ -162,16 +162,16 @@ class SyntheticParts(Folder):
         val_split_ratio: float = 0.5,
         seed: int = 0,
     ) -> None:
-        if min(train_images, test_images, defect_images) < 1 or image_size < 32:
+        if min(train_images, test_images, defect_images) < 1 or side < 32:
             msg = (
                 f"SyntheticParts was asked for {train_images}, {test_images} and {defect_images} images of "
-                f"{image_size} pixels: "
+                f"{side} pixels: "
                 "draw at least 1 of each kind, of at least 32 pixels."
             )
             raise ValueError(msg)
         self.train_images, self.test_images, self.defect_images = train_images, test_images, defect_images
-        self.image_size = image_size
-        folder = Path(root) / f"v{VERSION}_{train_images}_{test_images}_{defect_images}_{image_size}px_seed{seed}"
+        self.side = side
+        folder = Path(root) / f"v{VERSION}_{train_images}_{test_images}_{defect_images}_{side}px_seed{seed}"
         super().__init__(
             name="SyntheticParts",
             root=folder,
@@ -207,7 +207,7 @@ class SyntheticParts(Folder):
             if defect:
                 masks.mkdir(parents=True)
             for index in range(count):
-                image, mask = draw_part(seed, self.image_size, defect)
+                image, mask = draw_part(seed, self.side, defect)
                 Image.fromarray(image).save(drawing / name / f"{index:03d}.png")
                 if defect:
                     Image.fromarray(255 * mask.astype(np.uint8)).save(masks / f"{index:03d}.png")
