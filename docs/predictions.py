@@ -40,7 +40,7 @@ def main() -> None:
 
 def draw(columns: list[tuple[str, object]]) -> None:
     """Draw a column an image: the image, its truth, the map (0.5 is the threshold) and the predicted outline."""
-    figure, axes = plt.subplots(len(ROWS), len(columns), figsize=(8, 8.6), layout="constrained")
+    figure, axes = plt.subplots(len(ROWS), len(columns), figsize=(8.4, 7.6), layout="constrained")
     for column, (kind, item) in enumerate(columns):
         picture = Image.open(item.image_path)
         mask = torch.zeros(256, 256) if item.gt_mask is None else item.gt_mask.squeeze()

@@ -93,7 +93,7 @@ def test_predict(dataset_path: Path, project_path: Path, checkpoint: Path) -> No
     assert labels[truth].all()
     for batch in batches:
         assert torch.equal(batch.pred_mask, batch.anomaly_map > 0.5)
-        assert batch.pred_mask[batch.pred_label].flatten(1).any(1).all()  # an anomalous image has an anomalous pixel
+        assert batch.pred_mask[batch.gt_label.bool()].flatten(1).any(1).all()
 
 
 def test_predict_a_folder(dataset_path: Path, project_path: Path, checkpoint: Path) -> None:

@@ -87,10 +87,12 @@ def test_threshold_from_validation_normals(trained: SimpleNamespace) -> None:
     """Where validation and test are disjoint, the threshold is the conformal quantile of the validation normals."""
     parts, model = trained.parts, trained.model
     normals = [item for item in parts.val_data if item.gt_label == 0]
-    raw = torch.cat([model.model(model.pre_processor.transform(item.image[None])).pred_score for item in normals])
-    expected = conformal_threshold(raw, 0.1)
+    results = [model.model(model.pre_processor.transform(item.image[None])) for item in normals]
+    scores, peaks = torch.cat([r.pred_score for r in results]), torch.stack([r.anomaly_map.max() for r in results])
     assert len(normals) == 10
-    torch.testing.assert_close(model.post_processor.image_threshold, expected.threshold, rtol=1e-4, atol=1e-5)
+    post = model.post_processor
+    for got, raw in ((post.image_threshold, scores), (post.pixel_threshold, peaks)):
+        torch.testing.assert_close(got, conformal_threshold(raw, 0.1).threshold, rtol=1e-4, atol=1e-5)
     assert model.post_processor.effective_false_alarm_rate == pytest.approx(1 / 11)
     assert len(parts.train_data) == 16
 

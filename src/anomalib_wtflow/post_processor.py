@@ -10,7 +10,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -58,12 +58,13 @@ def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThr
 
 
 class WTFlowPostProcessor(PostProcessor):
-    """Normalise scores around the threshold and label them; the threshold comes from normal images only.
+    """Normalise scores around a threshold and label them; the threshold comes from normal images only.
 
-    With s >= 0 the raw score and T the threshold of :func:`conformal_threshold`, the normalised score is ``s / (s +
-    T)``: 0.5 at the threshold, 0.75 at three times the threshold, below 1 always, so that no two scores are clipped to
-    the same value. A score is anomalous if it exceeds ``1 - sensitivity``. The pixel threshold is the image threshold:
-    the image score is a mean of pixels of the map, so an anomalous image always has an anomalous pixel.
+    Two thresholds of :func:`conformal_threshold`: that of the image scores, so that at most the stated share of good
+    images is called anomalous, and that of the largest pixel of each map, so that at most that share shows any
+    anomalous pixel. With s >= 0 the raw score and T its threshold, the normalised score is ``s / (s + T)``: 0.5 at the
+    threshold, 0.75 at three times the threshold, below 1 always, so that no two scores are clipped to the same value.
+    A score is anomalous if it exceeds ``1 - sensitivity``.
 
     The normal images are those of the validation set, if none of them is also in the test set; else a seeded slice of
     the training set, which the field is then not trained on.
@@ -102,7 +103,6 @@ class WTFlowPostProcessor(PostProcessor):
         self._calibration_data: Any = None
         self._full_train_data: Any = None
         self._calibrated_at = -1
-        self._warned = False
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
@@ -201,32 +201,26 @@ class WTFlowPostProcessor(PostProcessor):
             self._calibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the threshold for the final weights, if the last validation was before the last step."""
+        """Set the threshold for the final weights, if the last validation was before the last step, and report it."""
         self._calibrate(trainer, pl_module)
+        if self._calibration_data is not None:
+            self._report()
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            self._calibration_data is None
-            or self.false_alarm_rate is None
-            or self._calibrated_at == trainer.global_step
-        ):
+        if self._calibration_data is None or self.false_alarm_rate is None:
             return
-        result = conformal_threshold(self._calibration_scores(trainer, pl_module), self.false_alarm_rate)
-        self._image_threshold.copy_(result.threshold)
-        self._pixel_threshold.copy_(result.threshold)
-        self.effective_false_alarm_rate.fill_(result.false_alarm_rate)
+        if self._calibrated_at == trainer.global_step:
+            return
+        scores, peaks = self._score_calibration_images(trainer, pl_module)
+        image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in (scores, peaks))
+        self._image_threshold.copy_(image.threshold)
+        self._pixel_threshold.copy_(pixel.threshold)
+        self.effective_false_alarm_rate.fill_(image.false_alarm_rate)
         self._calibrated_at = trainer.global_step
-        if result.false_alarm_rate > self.false_alarm_rate and not self._warned:
-            self._warned = True
-            needed = math.ceil(round(1 / self.false_alarm_rate, 9)) - 1
-            rank_zero_warn(
-                f"false_alarm_rate={self.false_alarm_rate} needs at least {needed} normal images for the threshold and "
-                f"there are {len(self._calibration_data)}: the threshold guarantees {result.false_alarm_rate:.4f} "
-                "instead; give more good images to have the rate that you asked for.",
-            )
 
     @torch.no_grad()
-    def _calibration_scores(self, trainer: Trainer, pl_module: Any) -> Tensor:
+    def _score_calibration_images(self, trainer: Trainer, pl_module: Any) -> tuple[Tensor, Tensor]:
+        """Return the image scores and the largest pixels of the maps."""
         loader = DataLoader(
             self._calibration_data,
             batch_size=getattr(getattr(trainer, "datamodule", None), "eval_batch_size", 32),
@@ -234,14 +228,32 @@ class WTFlowPostProcessor(PostProcessor):
         )
         training = pl_module.training
         pl_module.eval()
-        scores = []
+        scores, peaks = [], []
         for index, batch in enumerate(loader):
             batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             if isinstance(pl_module.pre_processor, PreProcessor):
                 pl_module.pre_processor.on_validation_batch_start(trainer, pl_module, batch, index)
-            scores.append(pl_module.validation_step(batch, index).pred_score.detach().cpu())
+            outputs = pl_module.validation_step(batch, index)
+            scores.append(outputs.pred_score.cpu())
+            peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).cpu())
         pl_module.train(training)
-        return torch.cat(scores)
+        return torch.cat(scores), torch.cat(peaks)
+
+    def _report(self) -> None:
+        """Tell the user what the threshold promises, and warn if that is less than was asked for."""
+        n, asked, given = len(self._calibration_data), self.false_alarm_rate, float(self.effective_false_alarm_rate)
+        if asked is None:
+            return
+        rank_zero_info(
+            f"Threshold {float(self._image_threshold):.4g} from {n} normal images that were not trained on: "
+            f"a good image is called anomalous with a probability of at most {given:.2%}."
+        )
+        if given > asked:
+            rank_zero_warn(
+                f"false_alarm_rate={asked} needs at least {math.ceil(round(1 / asked, 9)) - 1} normal images for the "
+                f"threshold and there are {n}: the threshold guarantees {given:.4f} instead; give more good images to "
+                "have the rate that you asked for."
+            )
 
     # Application -----------------------------------------------------------------------------------------------------
 
