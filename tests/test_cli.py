@@ -89,6 +89,25 @@ def test_a_wrong_name_lists_the_valid_ones(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("backbone", "resnt18", "error: Unknown backbone 'resnt18': did you mean resnet18"),
+        ("layers", "[nope]", "error: Unknown layer 'nope' of backbone 'tf_efficientnet_lite0': choose from blocks.0"),
+        ("weights", "/none.pth", "error: There is no weights file at '/none.pth'"),
+        ("false_alarm_rate", "1.5", "error: false_alarm_rate is 1.5: choose a share between 0 and 1, such as 0.05."),
+    ],
+)
+def test_a_wrong_argument_ends_with_one_sentence(flag: str, value: str, message: str, tmp_path: Path) -> None:
+    """Without a traceback, and as the last line."""
+    output = anomalib(
+        "train", "--model", "WTFlow", f"--model.{flag}", value, "--data", "SyntheticParts", cwd=tmp_path, fails=True
+    )
+    assert "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith(message)
+
+
+@pytest.mark.slow
 def test_train_test_predict_export(parts: SyntheticParts, tmp_path: Path) -> None:
     parts.prepare_data()
     root = Path(parts.root)

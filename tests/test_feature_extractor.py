@@ -58,6 +58,14 @@ def test_any_input_size(size: tuple[int, int]) -> None:
     assert features.isfinite().all()
 
 
+def test_too_small_an_image() -> None:
+    with pytest.raises(
+        ValueError, match="Images of 8x64 pixels are smaller than the stride 16 of the layers of 'tf_eff"
+    ):
+        FeatureExtractor()(torch.rand(1, 3, 8, 64))
+    assert FeatureExtractor(layers=["blocks.2"])(torch.rand(1, 3, 8, 64)).shape[-2:] == (1, 8)
+
+
 def test_frozen_and_in_eval_mode() -> None:
     extractor = FeatureExtractor().train()
     assert not any(m.training for m in extractor.modules())
@@ -99,7 +107,7 @@ def test_unreadable_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights file at"):
         load_weights_file(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match=r"text.pth' cannot be read as a state dict"):
+    with pytest.raises(ValueError, match=r"text.pth' cannot be read: it must be a .safetensors file, or a state dict"):
         load_weights_file(tmp_path / "text.pth")
     (tmp_path / "weights.h5").write_text("")
     with pytest.raises(ValueError, match=r"ends in '.h5'"):

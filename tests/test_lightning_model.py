@@ -140,6 +140,20 @@ def test_good_images_only(parts: SyntheticParts, tmp_path: Path, limit: float) -
     assert saved == model.post_processor.image_threshold
 
 
+def test_the_checkpoint_has_the_threshold_of_a_tiny_folder(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Six images: one goes to the test set and none to validation, whose loader is then empty."""
+    parts.prepare_data()
+    few = tmp_path / "few"
+    few.mkdir()
+    for index in range(6):
+        (few / f"{index}.png").symlink_to(Path(parts.root) / f"train/good/00{index}.png")
+    model, engine = WTFlow(max_epochs=2, **{**SMALL, "false_alarm_rate": 0.5}), quiet_engine(tmp_path)
+    engine.fit(model, datamodule=Folder("few", few, num_workers=0))
+    saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]
+    assert saved["post_processor._image_threshold"] == model.post_processor.image_threshold > 0
+    assert saved["post_processor._pixel_threshold"] == model.post_processor.pixel_threshold > 0
+
+
 def test_the_threshold_is_of_the_last_weights(parts: SyntheticParts, tmp_path: Path) -> None:
     """Validation every second epoch of three: the weights in memory are younger than the last validation."""
     module = as_mvtec(parts)
@@ -193,7 +207,7 @@ def test_a_broken_loss_stops_and_keeps_the_checkpoint(parts: SyntheticParts, tmp
     model, engine = Breaks(max_epochs=5, **SMALL), quiet_engine(tmp_path)
     module = as_mvtec(parts)
     with pytest.raises(
-        RuntimeError, match=r"The training loss became (nan|-?inf) in epoch 2: lower .* checkpoint is .*ckpt"
+        RuntimeError, match=r"The training loss became (nan|-?inf) in epoch 2: lower .* finite scores is .*ckpt"
     ):
         engine.fit(model, datamodule=module)
     good = torch.load(engine.best_model_path, weights_only=False)
@@ -211,9 +225,28 @@ def test_broken_weights_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_p
                 torch.nn.init.constant_(self.model.field.head.weight, math.nan)
 
     engine = quiet_engine(tmp_path)
-    with pytest.raises(RuntimeError, match=r"The (scores|training loss) became (NaN|nan) in epoch 1"):
+    with pytest.raises(RuntimeError, match=r"The (scores|training loss) became (NaN|nan).* in epoch 1"):
         engine.fit(Breaks(max_epochs=3, **SMALL), datamodule=as_mvtec(parts, train_batch_size=16))
     assert torch.load(engine.best_model_path, weights_only=False)["epoch"] == 0
+
+
+def test_infinite_scores_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_path: Path) -> None:
+    """A loss that was finite once, and weights that it sent far away."""
+    engine = quiet_engine(tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"The scores became NaN or infinite in epoch 0: .*there is no checkpoint yet"
+    ):
+        engine.fit(WTFlow(max_epochs=2, learning_rate=1e30, **SMALL), datamodule=as_mvtec(parts, train_batch_size=16))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """start_time and the rest would load without an error, and change the scores under the same threshold."""
+    message = r"trained with network='pointwise' \(here 'unet'\), start_time=0.3 \(here 0.0\): give the model the same"
+    with pytest.raises(ValueError, match=message):
+        quiet_engine(tmp_path).test(
+            WTFlow(start_time=0.0, network="unet"), datamodule=trained.parts, ckpt_path=trained.checkpoint
+        )
 
 
 def test_batch_of_one(parts: SyntheticParts, tmp_path: Path) -> None:

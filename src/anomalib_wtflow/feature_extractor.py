@@ -82,8 +82,8 @@ def load_weights_file(path: str | Path) -> dict[str, Tensor]:
         return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     except Exception as error:
         msg = (
-            f"The weights file '{path}' cannot be read as a state dict of tensors: save it with "
-            f"torch.save(model.state_dict())."
+            f"The weights file '{path}' cannot be read: it must be a .safetensors file, or a state dict of "
+            "tensors that torch.save wrote."
         )
         raise ValueError(msg) from error
 
@@ -163,6 +163,7 @@ class FeatureExtractor(nn.Module):
         if pre_trained and not from_hub:
             self._load(packaged_weights() if weights is None else load_weights_file(weights), weights)
         self.out_channels = sum(self.network.feature_info.channels())
+        self.stride = max(self.network.feature_info.reduction())
         self.network.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -228,14 +229,13 @@ class FeatureExtractor(nn.Module):
         Raises:
             ValueError: If the images are too small for the backbone.
         """
-        try:
-            maps = self._maps(images)
-        except RuntimeError as error:
+        if min(images.shape[-2:]) < self.stride:
             msg = (
-                f"Images of {images.shape[-2]}x{images.shape[-1]} pixels are too small for '{self.backbone}': raise "
-                f"image_size."
+                f"Images of {images.shape[-2]}x{images.shape[-1]} pixels are smaller than the stride {self.stride} "
+                f"of the layers of '{self.backbone}': raise image_size, or choose finer layers."
             )
-            raise ValueError(msg) from error
+            raise ValueError(msg)
+        maps = self._maps(images)
         if self.pool_size > 1 or self.pool_stride > 1:
             maps = [F.avg_pool2d(m, self.pool_size, self.pool_stride, self.pool_size // 2) for m in maps]
         size = maps[self.reference].shape[-2:]

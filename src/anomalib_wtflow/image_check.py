@@ -53,9 +53,16 @@ class ImageCheck(Callback):
         """Name the broken files when reading one of them has failed, or the folder in which anomalib found no image.
 
         Raises:
-            ValueError: If a file does not decode, or a folder is empty.
+            ValueError: If a file does not decode, a folder is empty, or there is a single training image.
         """
         del pl_module
+        train_data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
+        if train_data is not None and len(train_data) < 2 and isinstance(exception, ValueError | IndexError):
+            msg = (
+                f"The training set holds {len(train_data)} normal images, too few to train and to set a threshold: "
+                "give at least 2, and some hundred for a low false-alarm rate."
+            )
+            raise ValueError(msg) from exception
         empty = re.match(r"Found 0 \S+ images in (.+?)( with extensions|$)", str(exception))
         if empty:
             msg = f"There are no images in '{empty[1]}': put images there, or give the data module another folder."

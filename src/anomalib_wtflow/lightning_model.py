@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_wtflow._registration import register_model
 from anomalib_wtflow._registry import lookup
 from anomalib_wtflow.anomaly_map import MapName
+from anomalib_wtflow.cli_errors import one_sentence
 from anomalib_wtflow.coupling import BATCH_COUPLINGS, CouplingName
 from anomalib_wtflow.epoch_default import EpochDefault
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, MergeName, get_data_config
@@ -89,6 +91,7 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
     model: WTFlowModel
     loss: WTFlowLoss
 
+    @one_sentence()
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
@@ -222,6 +225,23 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
         """Load a checkpoint. The backbone's weights come from it, so neither a hub nor the weights file is needed."""
         return super().load_from_checkpoint(*args, **{"pre_trained": False, "weights": None, **kwargs})
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model: settings that fit can still change the scores under its threshold.
+
+        Raises:
+            ValueError: If the checkpoint was trained with other settings of the torch model.
+        """
+        theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
+        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers"}
+        differing = sorted(name for name in names & set(theirs) if theirs[name] != ours[name])
+        if list(theirs.get("layers") or []) != list(ours["layers"] or []):
+            differing.append("layers")
+        if differing:
+            settings = ", ".join(f"{name}={theirs[name]!r} (here {ours[name]!r})" for name in differing)
+            msg = f"The checkpoint was trained with {settings}: give the model the same, as --model.{differing[0]}."
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+
     def on_fit_start(self) -> None:
         """Keep Lightning from warning that the backbone is in evaluation mode: it is meant to be."""
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -299,13 +319,13 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
 
     def _score(self, batch: Batch) -> STEP_OUTPUT:
         predictions = self.model(batch.image)
-        if self.trainer.state.fn == TrainerFn.FITTING and predictions.pred_score.isnan().any():
-            self._stop(f"The scores became NaN in epoch {self.current_epoch}")
+        if self.trainer.state.fn == TrainerFn.FITTING and not predictions.pred_score.isfinite().all():
+            self._stop(f"The scores became NaN or infinite in epoch {self.current_epoch}")
         return batch.update(**predictions._asdict())
 
     def _stop(self, what: str) -> None:
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        where = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
+        where = f"the last checkpoint with finite scores is {saved}" if saved else "there is no checkpoint yet"
         msg = f"{what}: lower learning_rate (now {self.learning_rate}); {where}."
         raise RuntimeError(msg)
 

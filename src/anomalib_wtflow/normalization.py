@@ -74,7 +74,7 @@ class Whitening(nn.Module):
         Raises:
             ValueError: If a feature is not finite.
         """
-        rows = features.detach().double().cpu().movedim(1, -1).flatten(0, -2)
+        rows = features.detach().cpu().double().movedim(1, -1).flatten(0, -2)
         if not rows.isfinite().all():
             msg = "The backbone gave NaN or infinite features: check the weights file and the images."
             raise ValueError(msg)

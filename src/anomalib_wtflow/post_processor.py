@@ -197,7 +197,7 @@ class WTFlowPostProcessor(PostProcessor):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the threshold where there is no validation."""
-        if not trainer.enable_validation or not trainer.num_val_batches:
+        if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
             self._calibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
