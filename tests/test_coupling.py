@@ -94,6 +94,20 @@ def test_independent_is_untouched() -> None:
     assert COUPLINGS["independent"](torch.randn_like(noise), noise) is noise
 
 
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_mixed_precision(name: str) -> None:
+    """Under autocast the inner products are bfloat16, which NumPy does not know."""
+    x0, noise = torch.randn(4, 8, 3, 3), torch.randn(4, 8, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert COUPLINGS[name](x0, noise).isfinite().all()
+
+
+def test_broken_features() -> None:
+    x0 = torch.full((2, 3, 2, 2), float("nan"))
+    with pytest.raises(ValueError, match="features or the noise hold NaN or infinite values"):
+        COUPLINGS["worst"](x0, torch.randn_like(x0))
+
+
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match=r"Unknown coupling 'best': .*choose one of independent, optimal, worst"):
         get_coupling("best")

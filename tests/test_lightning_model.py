@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -161,6 +162,57 @@ def test_the_threshold_is_of_the_last_weights(parts: SyntheticParts, tmp_path: P
     quiet_engine(tmp_path, check_val_every_n_epoch=2).fit(model, datamodule=module)
     assert model.post_processor._calibrated_at == 3 * 2  # 13 images in batches of 8
     assert model.trainer.global_step == 3 * 2
+
+
+def test_the_checkpoint_has_the_threshold_when_steps_end_inside_an_epoch(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Lightning then skips the validation, and still writes the checkpoint."""
+    model, engine = WTFlow(**SMALL), quiet_engine(tmp_path, max_steps=3)  # two steps an epoch
+    engine.fit(model, datamodule=as_mvtec(parts))
+    saved = torch.load(engine.best_model_path, weights_only=False)
+    assert saved["global_step"] == 3
+    assert saved["state_dict"]["post_processor._image_threshold"] == model.post_processor.image_threshold
+    module = as_mvtec(parts)
+    module.setup()
+    fresh = WTFlow.load_from_checkpoint(engine.best_model_path).eval()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()[:3]
+    items = [module.train_data[index] for index in sorted(order)]
+    raw = torch.cat([fresh.model(fresh.pre_processor.transform(item.image[None])).pred_score for item in items])
+    torch.testing.assert_close(fresh.post_processor.image_threshold, conformal_threshold(raw, 0.3).threshold)
+
+
+def test_resuming_with_another_rate_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
+    model = WTFlow(max_epochs=4, image_size=128, false_alarm_rate=0.2)
+    with pytest.raises(ValueError, match=r"trained with false_alarm_rate=0.1 \(here 0.2\)"):
+        quiet_engine(tmp_path).fit(model, datamodule=trained.parts, ckpt_path=trained.checkpoint)
+
+
+def test_refitting_fits_the_normalisation_again(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The statistics are those of the second training set alone, also after an aborted first pass."""
+    module = as_mvtec(parts)
+    model, other = WTFlow(max_epochs=1, **SMALL), WTFlow(max_epochs=1, **SMALL)
+    model.model.normalization.update(torch.randn(8, 152, 4, 4) + 5)
+    model.model.normalization.finalize()
+    model.model.normalization.update(torch.randn(8, 152, 4, 4) - 5)
+    for each in (model, other):
+        quiet_engine(tmp_path).fit(each, datamodule=module)
+    torch.testing.assert_close(model.model.normalization.mean, other.model.normalization.mean)
+
+
+def test_subclasses_keep_their_hyper_parameters() -> None:
+    class Sub(WTFlow):
+        def __init__(self, extra: int = 3, **kwargs: object) -> None:
+            super().__init__(**kwargs)
+
+    assert Sub(extra=7, max_epochs=2).hparams["extra"] == 7
+    assert Sub(extra=7, max_epochs=2).hparams["max_epochs"] == 2
+
+
+def test_anomalibs_post_processor_reloads(parts: SyntheticParts, tmp_path: Path) -> None:
+    model, engine = WTFlow(max_epochs=1, post_processor=PostProcessor(), **SMALL), quiet_engine(tmp_path)
+    engine.fit(model, datamodule=as_mvtec(parts))
+    loaded = WTFlow.load_from_checkpoint(engine.best_model_path)
+    assert type(loaded.post_processor) is PostProcessor
+    assert loaded.post_processor.image_threshold == model.post_processor.image_threshold
 
 
 def test_plain_data_loaders(parts: SyntheticParts, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The conformal threshold against its guarantee, and the post-processor against anomalib's."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_too_few_images() -> None:
 def test_no_scores() -> None:
     with pytest.raises(ValueError, match="0 scores of normal images"):
         conformal_threshold(torch.tensor([]), 0.1)
-    with pytest.raises(ValueError, match="1 of them NaN"):
+    with pytest.raises(ValueError, match="1 of them NaN or infinite"):
         conformal_threshold(torch.tensor([1.0, float("nan")]), 0.1)
 
 
@@ -93,6 +94,37 @@ def test_batches_get_what_forward_gives() -> None:
 def test_nan_is_an_error_in_python() -> None:
     with pytest.raises(ValueError, match="1 of 2 scores are NaN, which is neither normal nor anomalous"):
         processor()(predictions([1.0, float("nan")]))
+
+
+def test_nan_names_the_image() -> None:
+    raw = predictions([1.0, float("nan")])
+    batch = ImageBatch(
+        image=torch.rand(2, 3, 2, 3),
+        pred_score=raw.pred_score,
+        anomaly_map=raw.anomaly_map,
+        image_path=["a.png", "b.png"],
+    )
+    with pytest.raises(ValueError, match=r"The score of 'b.png' is NaN \(1 such images"):
+        processor().post_process_batch(batch)
+
+
+def test_infinite_scores_are_the_most_anomalous() -> None:
+    result = processor()(predictions([3.0, float("inf")]))
+    assert result.pred_score[1] == 1.0
+    assert result.pred_label.tolist() == [True, True]
+    assert processor(float("inf"))(predictions([0.0])).pred_label.tolist() == [True]
+
+
+def test_no_warning_where_the_rate_is_just_met() -> None:
+    """1/20 is a little more than 0.05 in float32."""
+    for n, warned in ((19, 0), (18, 1)):
+        post = processor(false_alarm_rate=0.05)
+        post._calibration_data = [None] * n
+        post.effective_false_alarm_rate.fill_(conformal_threshold(torch.rand(n), 0.05).false_alarm_rate)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            post._report()
+        assert len(caught) == warned
 
 
 def test_no_threshold_is_an_error() -> None:

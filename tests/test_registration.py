@@ -18,6 +18,17 @@ def run(code: str, *options: str) -> str:
     return result.stdout + result.stderr
 
 
+def test_the_hook_imports_nothing() -> None:
+    """In a bare interpreter the .pth line loads our two modules, which were not there, and no other."""
+    source = str(PTH.parent)
+    code = f"""import sys
+sys.path.insert(0, {source!r})
+before = set(sys.modules)
+exec(open({str(PTH)!r}).read())
+print(sorted(set(sys.modules) - before))"""
+    assert run(code, "-S", "-E").strip() == "['__future__', 'anomalib_wtflow', 'anomalib_wtflow._hook']"
+
+
 def test_nothing_heavy_at_start() -> None:
     loaded = run(
         "import sys; print('anomalib_wtflow._hook' in sys.modules, 'torch' in sys.modules, 'anomalib' in sys.modules)"

@@ -59,6 +59,16 @@ def test_setup_draws_by_itself_and_only_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".drawing*"))
 
 
+def test_an_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, side=32)
+    monkeypatch.setattr(
+        "anomalib_wtflow.synthetic.json.dumps", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_data()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_drawing_is_drawn_again(tmp_path: Path) -> None:
     data = SyntheticParts(tmp_path, train_images=2, test_images=2, defect_images=1, side=32)
     (Path(data.root) / "train/good").mkdir(parents=True)

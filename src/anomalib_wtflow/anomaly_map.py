@@ -25,7 +25,8 @@ class AnomalyMapGenerator(nn.Module):
     """Up-sample the density proxy to the input size and turn it into an anomaly map and an image score.
 
     ``absolute`` (ours): map = ``-log q``, comparable between images. ``relative`` (the authors' code): with
-    ``p = exp(log q)``, map = ``max(p) - p``, the maximum taken over the image. Score: mean of the largest
+    ``p = exp(log q)``, map = ``max(p) - p``, the maximum taken over the image: where all of an image is foreign, p
+    is 0 everywhere and so is the map, so that a wrong part can pass as normal. Score: mean of the largest
     ``ceil(top_fraction * H * W)`` pixels of the map. A NaN pixel makes the score NaN.
 
     Args:

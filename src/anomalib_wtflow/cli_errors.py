@@ -12,20 +12,20 @@ def one_sentence() -> Iterator[None]:
     jsonargparse catches what a constructor raises, and puts it above a listing of all arguments and two tracebacks.
 
     Raises:
-        SystemExit: If the constructor runs under jsonargparse, as jsonargparse itself does for what does not parse.
+        SystemExit: If anomalib's command line builds the model, as it also ends for what does not parse.
     """
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if _under_parser():
+        if _under_command_line():
             raise SystemExit(f"error: {error}") from error
         raise
 
 
-def _under_parser() -> bool:
+def _under_command_line() -> bool:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith("jsonargparse"):
+        if frame.f_globals.get("__name__", "").startswith("anomalib.cli"):
             return True
     return False

@@ -19,7 +19,11 @@ CouplingName = Literal["independent", "optimal", "worst", "worst_image", "worst_
 
 def _assign(inner: Tensor, maximize: bool) -> Tensor:
     """Solve a batch of assignments over the inner products ``(K, N, N)``; returns column indices ``(K, N)``."""
-    columns = [linear_sum_assignment(matrix, maximize=maximize)[1] for matrix in inner.detach().cpu().numpy()]
+    matrices = inner.detach().float().cpu()
+    if not matrices.isfinite().all():
+        msg = "The features or the noise hold NaN or infinite values: check the weights file and the images."
+        raise ValueError(msg)
+    columns = [linear_sum_assignment(matrix, maximize=maximize)[1] for matrix in matrices.numpy()]
     return torch.stack([torch.from_numpy(column) for column in columns]).to(inner.device)
 
 

@@ -13,7 +13,9 @@ FieldName = Literal["pointwise", "unet"]
 
 
 class TimeEmbedding(nn.Module):
-    """``(sin, cos)(1000 t / 10000^r)`` with r = linspace(0, 1, width / 2), as in the authors' code.
+    """``(sin, cos)(1000 t / 10000^r)`` with r = linspace(0, 1, width / 2).
+
+    The authors embed 1000 t; that their frequencies fall as ``10000^-r``, as is usual, is our reading.
 
     Args:
         width: Even number of embedding channels.

@@ -20,13 +20,13 @@ def image_paths(dataset: Any) -> list[str]:
 
 def is_readable(path: str, decode: bool) -> bool:
     """Whether an image file opens, and with ``decode`` also whether all of it decodes."""
-    if Path(path).suffix.lower() in (".npy", ".tif", ".tiff", ".mp4", ".avi"):
+    if Path(path).suffix.lower() in (".npy", ".mp4", ".avi"):
         return Path(path).is_file()
     try:
         with Image.open(path) as image:
             if decode:
                 image.load()
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
 
@@ -67,7 +67,7 @@ class ImageCheck(Callback):
         if empty:
             msg = f"There are no images in '{empty[1]}': put images there, or give the data module another folder."
             raise ValueError(msg) from exception
-        if isinstance(exception, OSError | SyntaxError):
+        if isinstance(exception, OSError | SyntaxError | Image.DecompressionBombError):
             self._raise_for_unreadable(trainer, decode=True, cause=exception)
 
     def _raise_for_unreadable(self, trainer: Trainer, decode: bool, cause: BaseException | None = None) -> None:

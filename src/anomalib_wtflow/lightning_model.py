@@ -91,7 +91,6 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
     model: WTFlowModel
     loss: WTFlowLoss
 
-    @one_sentence()
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
@@ -126,55 +125,56 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if max_epochs < 1:
-            msg = f"max_epochs is {max_epochs}: train for at least 1 epoch."
-            raise ValueError(msg)
-        if learning_rate <= 0 or weight_decay < 0:
-            msg = (
-                f"learning_rate is {learning_rate} and weight_decay {weight_decay}: choose a positive rate and a decay "
-                "of at least 0."
+        with one_sentence():
+            if max_epochs < 1:
+                msg = f"max_epochs is {max_epochs}: train for at least 1 epoch."
+                raise ValueError(msg)
+            if learning_rate <= 0 or weight_decay < 0:
+                msg = (
+                    f"learning_rate is {learning_rate} and weight_decay {weight_decay}: choose a positive rate "
+                    "and a decay of at least 0."
+                )
+                raise ValueError(msg)
+            self._optimizer_class = lookup(OPTIMIZERS, "optimizer", optimizer)
+            self._schedule = lookup(SCHEDULERS, "scheduler", scheduler)
+            super().__init__(
+                pre_processor=(
+                    self.configure_pre_processor(image_size, backbone) if pre_processor is True else pre_processor
+                ),
+                post_processor=(
+                    WTFlowPostProcessor(false_alarm_rate=false_alarm_rate, calibration_ratio=calibration_ratio)
+                    if post_processor is True
+                    else post_processor
+                ),
+                evaluator=evaluator,
+                visualizer=visualizer,
             )
-            raise ValueError(msg)
-        self._optimizer_class = lookup(OPTIMIZERS, "optimizer", optimizer)
-        self._schedule = lookup(SCHEDULERS, "scheduler", scheduler)
-        super().__init__(
-            pre_processor=(
-                self.configure_pre_processor(image_size, backbone) if pre_processor is True else pre_processor
-            ),
-            post_processor=(
-                WTFlowPostProcessor(false_alarm_rate=false_alarm_rate, calibration_ratio=calibration_ratio)
-                if post_processor is True
-                else post_processor
-            ),
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
-        self.max_epochs = max_epochs
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.coupling = coupling
-        self.model = WTFlowModel(
-            backbone=backbone,
-            layers=layers,
-            pre_trained=pre_trained,
-            weights=weights,
-            pool_size=pool_size,
-            pool_stride=pool_stride,
-            merge=merge,
-            normalization=normalization,
-            network=network,
-            width=width,
-            depth=depth,
-            path=path,
-            s_min=s_min,
-            coupling=coupling,
-            solver=solver,
-            steps=steps,
-            start_time=start_time,
-            anomaly_map=anomaly_map,
-            top_fraction=top_fraction,
-        )
-        self.loss = WTFlowLoss()
+            self.max_epochs = max_epochs
+            self.learning_rate = learning_rate
+            self.weight_decay = weight_decay
+            self.coupling = coupling
+            self.model = WTFlowModel(
+                backbone=backbone,
+                layers=layers,
+                pre_trained=pre_trained,
+                weights=weights,
+                pool_size=pool_size,
+                pool_stride=pool_stride,
+                merge=merge,
+                normalization=normalization,
+                network=network,
+                width=width,
+                depth=depth,
+                path=path,
+                s_min=s_min,
+                coupling=coupling,
+                solver=solver,
+                steps=steps,
+                start_time=start_time,
+                anomaly_map=anomaly_map,
+                top_fraction=top_fraction,
+            )
+            self.loss = WTFlowLoss()
 
     @classmethod
     def configure_pre_processor(
@@ -232,14 +232,28 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
             ValueError: If the checkpoint was trained with other settings of the torch model.
         """
         theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
-        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers"}
+        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers", "coupling"}
         differing = sorted(name for name in names & set(theirs) if theirs[name] != ours[name])
         if list(theirs.get("layers") or []) != list(ours["layers"] or []):
             differing.append("layers")
+        resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resuming and isinstance(self.post_processor, WTFlowPostProcessor):
+            # The slice that the field is not trained on was chosen before this checkpoint was read.
+            saved, chosen = (
+                checkpoint.get("anomalib_post_processor_config", {}),
+                self.post_processor.checkpoint_config(),
+            )
+            for name in ("false_alarm_rate", "calibration_ratio", "calibration_seed"):
+                if name in saved and saved[name] != chosen[name]:
+                    theirs, ours = {**theirs, name: saved[name]}, {**ours, name: chosen[name]}
+                    differing.append(name)
         if differing:
             settings = ", ".join(f"{name}={theirs[name]!r} (here {ours[name]!r})" for name in differing)
             msg = f"The checkpoint was trained with {settings}: give the model the same, as --model.{differing[0]}."
             raise ValueError(msg)
+        trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
+        if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
+            self.post_processor = PostProcessor()
         super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
@@ -253,7 +267,8 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
             ValueError: If the coupling needs several images a batch, or the training set is empty.
         """
         loader: Any = self.trainer.train_dataloader
-        if self.coupling in BATCH_COUPLINGS and getattr(loader, "batch_size", None) == 1:
+        images_a_batch = min(getattr(loader, "batch_size", None) or 2, len(loader.dataset))
+        if self.coupling in BATCH_COUPLINGS and images_a_batch == 1:
             msg = (
                 f"coupling '{self.coupling}' rearranges noise between the images of a batch, and the batch size is "
                 f"1: raise "
@@ -261,8 +276,10 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
             )
             raise ValueError(msg)
         normalization: Any = self.model.normalization
-        if normalization.fitted:
+        resumed = self.trainer.ckpt_path is not None and normalization.fitted
+        if resumed or not normalization.needs_fit:
             return
+        normalization.reset()
         batches = track(
             loader,
             description="Fitting the feature normalisation",
@@ -270,10 +287,11 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
             disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
         )
         for index, batch in enumerate(batches):
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_train_batch_start(self.trainer, self, batch, index)
-            normalization.update(self.model.extract(batch.image))
+            with self.trainer.precision_plugin.train_step_context():
+                normalization.update(self.model.extract(batch.image))
         if self.trainer.world_size == 1:
             normalization.finalize()
         else:

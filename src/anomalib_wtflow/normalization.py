@@ -19,6 +19,7 @@ class LayerNormalization(nn.Module):
     """
 
     fitted = True
+    needs_fit = False
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class LayerNormalization(nn.Module):
 
 
 class Whitening(nn.Module):
-    """``W (x - m)`` at each position, m and ``S = W^-2`` being the training features' mean and covariance (ours).
+    """``W (x - m)`` at each position, m and S being the training features' mean and covariance (ours).
 
     ``W = U diag((l + r mean(l))^-1/2) U^T`` from the eigenvalues l of S, the symmetric (ZCA) square root; the ridge r
     keeps directions that the training images hardly use from blowing up.
@@ -42,6 +43,7 @@ class Whitening(nn.Module):
         ridge: r, relative to the mean eigenvalue.
     """
 
+    needs_fit = True
     mean: Tensor
     weight: Tensor
     _fitted: Tensor
@@ -113,7 +115,7 @@ class Whitening(nn.Module):
 
 
 class ChannelNormalization(Whitening):
-    """``(x_c - m_c) / sqrt(S_cc)``: each channel by its own mean and deviation over the training set (ours)."""
+    """``(x_c - m_c) / sqrt(S_cc + r mean(S))``: each channel by itself, with the same ridge (ours)."""
 
     def _matrix(self, covariance: Tensor) -> Tensor:
         return super()._matrix(torch.diag(covariance.diagonal()))

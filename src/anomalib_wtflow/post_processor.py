@@ -44,12 +44,13 @@ def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThr
         The threshold, above which a score is anomalous, and the rate that it guarantees.
 
     Raises:
-        ValueError: If there are no scores, or one is NaN.
+        ValueError: If there are no scores, or one is NaN or infinite.
     """
     n = scores.numel()
-    if n == 0 or scores.isnan().any():
+    finite = int(scores.isfinite().sum())
+    if n == 0 or finite < n:
         msg = (
-            f"{n} scores of normal images, {int(scores.isnan().sum())} of them NaN, give no threshold: check the "
+            f"{n} scores of normal images, {n - finite} of them NaN or infinite, give no threshold: check the "
             f"calibration images."
         )
         raise ValueError(msg)
@@ -120,7 +121,7 @@ class WTFlowPostProcessor(PostProcessor):
         self._calibrated_at = -1
         datamodule = getattr(trainer, "datamodule", None)
         if stage == "fit" and self.false_alarm_rate is not None and datamodule is not None:
-            others = [getattr(datamodule, name) for name in ("train_data", "test_data") if hasattr(datamodule, name)]
+            others = [getattr(datamodule, name, None) for name in ("train_data", "test_data")]
             normals = self._normals(getattr(datamodule, "val_data", None), others)
             self._calibration_data = self._hold_out(datamodule) if normals is None else normals
 
@@ -131,11 +132,12 @@ class WTFlowPostProcessor(PostProcessor):
             ValueError: If there are none.
         """
         del pl_module
-        if self.false_alarm_rate is None or self._calibration_data is not None:
+        if self.false_alarm_rate is None or getattr(trainer, "datamodule", None) is not None:
             return
         loaders = trainer.val_dataloaders
         loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
-        self._calibration_data = self._normals(getattr(loader, "dataset", None), [])
+        others = [getattr(trainer.train_dataloader, "dataset", None)]
+        self._calibration_data = self._normals(getattr(loader, "dataset", None), others)
         if self._calibration_data is None:
             raise ValueError(NO_NORMALS)
 
@@ -147,14 +149,14 @@ class WTFlowPostProcessor(PostProcessor):
             return None
         normal = (samples["label_index"] == LabelName.NORMAL).to_numpy().nonzero()[0].tolist()
         paths = {samples["image_path"][index] for index in normal}
-        shared = any(paths & set(other.samples["image_path"]) for other in others)
+        shared = any(paths & set(other.samples["image_path"]) for other in others if hasattr(other, "samples"))
         return None if shared or not normal else data.subsample(normal)
 
     def _hold_out(self, datamodule: Any) -> Any:
         """Take a seeded slice out of the data module's training set, and return it."""
-        train_data = datamodule.train_data
-        count = max(1, round(self.calibration_ratio * len(train_data)))
-        if count >= len(train_data):
+        train_data = getattr(datamodule, "train_data", None)
+        count = max(1, round(self.calibration_ratio * len(train_data or ())))
+        if train_data is None or not hasattr(train_data, "subsample") or count >= len(train_data):
             raise ValueError(NO_NORMALS)
         order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(self.calibration_seed)).tolist()
         held_out, kept = sorted(order[:count]), sorted(order[count:])
@@ -196,9 +198,8 @@ class WTFlowPostProcessor(PostProcessor):
             self._calibrate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the threshold where there is no validation."""
-        if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
-            self._calibrate(trainer, pl_module)
+        """Set the threshold where no validation has, before a checkpoint of the epoch is written."""
+        self._calibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the threshold for the final weights, if the last validation was before the last step, and report it."""
@@ -230,12 +231,13 @@ class WTFlowPostProcessor(PostProcessor):
         pl_module.eval()
         scores, peaks = [], []
         for index, batch in enumerate(loader):
-            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             if isinstance(pl_module.pre_processor, PreProcessor):
                 pl_module.pre_processor.on_validation_batch_start(trainer, pl_module, batch, index)
-            outputs = pl_module.validation_step(batch, index)
-            scores.append(outputs.pred_score.cpu())
-            peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).cpu())
+            with trainer.precision_plugin.val_step_context():
+                outputs = pl_module.validation_step(batch, index)
+            scores.append(outputs.pred_score.float().cpu())
+            peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).float().cpu())
         pl_module.train(training)
         return torch.cat(scores), torch.cat(peaks)
 
@@ -248,7 +250,7 @@ class WTFlowPostProcessor(PostProcessor):
             f"Threshold {float(self._image_threshold):.4g} from {n} normal images that were not trained on: "
             f"a good image is called anomalous with a probability of at most {given:.2%}."
         )
-        if given > asked:
+        if given > asked * (1 + 1e-6):  # the buffer is float32
             rank_zero_warn(
                 f"false_alarm_rate={asked} needs at least {math.ceil(round(1 / asked, 9)) - 1} normal images for the "
                 f"threshold and there are {n}: the threshold guarantees {given:.4f} instead; give more good images to "
@@ -286,6 +288,14 @@ class WTFlowPostProcessor(PostProcessor):
         Raises:
             ValueError: If a score is NaN, or there is no threshold yet.
         """
+        broken = [] if batch.pred_score is None else batch.pred_score.isnan().nonzero().flatten().tolist()
+        paths = getattr(batch, "image_path", None)
+        if broken and paths is not None:
+            msg = (
+                f"The score of '{paths[broken[0]]}' is NaN ({len(broken)} such images in this batch), which is neither "
+                "normal nor anomalous: the weights or the image are broken; load another checkpoint or train again."
+            )
+            raise ValueError(msg)
         result = self.forward(InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map))
         batch.update(**{name: value for name, value in result._asdict().items() if value is not None})
 
@@ -298,7 +308,7 @@ class WTFlowPostProcessor(PostProcessor):
                 "the weights or the images are broken; load another checkpoint or train again."
             )
             raise ValueError(msg)
-        if self.enable_thresholding and self.image_threshold.isnan():
+        if (self.enable_thresholding or self.enable_normalization) and self.image_threshold.isnan():
             msg = "There is no threshold: train the model, or load a trained checkpoint (--ckpt_path)."
             raise ValueError(msg)
 
@@ -309,11 +319,13 @@ class WTFlowPostProcessor(PostProcessor):
     def _normalise(self, raw: Tensor | None, threshold: Tensor) -> Tensor | None:
         if raw is None or not self.enable_normalization:
             return raw
-        return raw / (raw + threshold.clamp(min=torch.finfo(raw.dtype).tiny))
+        limits = torch.finfo(raw.dtype)
+        raw = raw.clamp(max=limits.max / 4)  # so that an infinite score becomes 1, not infinity over infinity
+        return raw / (raw + threshold.clamp(min=limits.tiny))
 
     def _label(self, raw: Tensor | None, threshold: Tensor, sensitivity: float) -> Tensor | None:
         if raw is None or not self.enable_thresholding:
             return None
         # s / (s + T) > 1 - sensitivity, on the raw scale: exact at the threshold, and the same without normalisation.
         limit = threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
-        return (raw > limit) | raw.isnan() | threshold.isnan()
+        return (raw > limit) | raw.isnan() | ~threshold.isfinite()

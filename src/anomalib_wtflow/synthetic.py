@@ -195,28 +195,36 @@ class SyntheticParts(Folder):
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         drawing = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".drawing-"))
+        try:
+            self._draw(drawing)
+            drawing.chmod(0o755)  # mkdtemp's is 0o700, and data sets are shared
+            if not (folder / "about.json").is_file():  # another process may have been faster
+                if folder.exists():
+                    shutil.rmtree(folder)
+                drawing.rename(folder)
+        finally:
+            shutil.rmtree(drawing, ignore_errors=True)
+
+    def _draw(self, folder: Path) -> None:
         sets: list[tuple[str, int, str | None]] = [
             ("train/good", self.train_images, None),
             ("test/good", self.test_images, None),
+            *((f"test/{defect}", self.defect_images, defect) for defect in DEFECTS),
         ]
-        sets += [(f"test/{defect}", self.defect_images, defect) for defect in DEFECTS]
         seed = 100_000 * (self.seed or 0)
         for name, count, defect in sets:
-            (drawing / name).mkdir(parents=True)
-            masks = drawing / name.replace("test", "ground_truth")
+            (folder / name).mkdir(parents=True)
+            masks = folder / name.replace("test", "ground_truth")
             if defect:
                 masks.mkdir(parents=True)
             for index in range(count):
                 image, mask = draw_part(seed, self.side, defect)
-                Image.fromarray(image).save(drawing / name / f"{index:03d}.png")
+                Image.fromarray(image).save(folder / name / f"{index:03d}.png")
                 if defect:
                     Image.fromarray(255 * mask.astype(np.uint8)).save(masks / f"{index:03d}.png")
                 seed += 1
         about = {"what": "synthetic images drawn by anomalib-wtflow", "version": VERSION, "seed": self.seed}
-        (drawing / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        drawing.rename(folder)
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def _setup(self, _stage: str | None = None) -> None:
         self.prepare_data()
