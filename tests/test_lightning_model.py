@@ -329,6 +329,17 @@ def test_reload_needs_neither_hub_nor_file(parts: SyntheticParts, tmp_path: Path
     assert loaded.post_processor.false_alarm_rate == 0.3
 
 
+@pytest.mark.parametrize("size", [(256, 256), (300, 517), (100, 64)])
+def test_larger_images_score_the_same_in_training_and_export(trained: SimpleNamespace, size: tuple[int, int]) -> None:
+    """What the data set resizes for the threshold and what an exported graph resizes by itself are the same."""
+    model, images = trained.model, torch.rand(2, 3, *size)
+    with torch.no_grad():
+        ours = model.post_processor(model.model(model.pre_processor.transform(images)))
+        exported = model(images)
+    torch.testing.assert_close(exported.pred_score, ours.pred_score)
+    torch.testing.assert_close(exported.anomaly_map, ours.anomaly_map)
+
+
 def test_schedules(tmp_path: Path) -> None:
     from anomalib_wtflow.schedule import SCHEDULERS
 

@@ -184,6 +184,10 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
     ) -> PreProcessor:
         """Build the pre-processor: resize, then ``(x - mean) / std`` with the backbone's own mean and deviation.
 
+        The resize is not antialiased: exported graphs cannot antialias, and where training could, the scores of good
+        images larger than ``image_size`` would rise in production (by a fifth, on bottles of twice the size), and the
+        false-alarm rate with them.
+
         Args:
             image_size: Side, or height and width, in pixels; None for the backbone's own.
             backbone: Name of the timm model that the statistics belong to.
@@ -198,7 +202,7 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
             msg = f"image_size is {image_size}: give a side, or a height and a width, in pixels."
             raise ValueError(msg)
         return PreProcessor(
-            transform=Compose([Resize((height, width), antialias=True), Normalize(mean=config.mean, std=config.std)]),
+            transform=Compose([Resize((height, width), antialias=False), Normalize(mean=config.mean, std=config.std)]),
         )
 
     def configure_post_processor(self) -> PostProcessor:
