@@ -9,6 +9,8 @@ import torch
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
+from anomalib_wtflow import WTFlow
+
 pytestmark = pytest.mark.slow
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -146,3 +148,17 @@ def test_an_untrained_model_does_not_export(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="not trained: fit it first, or load a checkpoint"):
         WTFlow(image_size=64).to_onnx(tmp_path)
+
+
+@pytest.mark.parametrize("export", ["to_torch", "to_onnx", "to_openvino"])
+def test_an_adaptive_solver_does_not_export(export: str, tmp_path: Path) -> None:
+    """But it runs in Python, and agrees with many fixed steps."""
+    torch.manual_seed(0)
+    adaptive, fixed = (WTFlow(solver=solver, steps=64, normalization="layer_norm") for solver in ("dopri5", "rk4"))
+    fixed.load_state_dict(adaptive.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        scores = [model.model.eval()(images).pred_score for model in (adaptive, fixed)]
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"'dopri5' chooses its steps .* does not export: give the model one of euler"):
+        getattr(adaptive, export)(tmp_path)

@@ -8,6 +8,7 @@ import torch
 
 from anomalib_wtflow.path import PATHS, PathName, ProbabilityPath
 
+pytestmark = pytest.mark.method
 TIMES = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 

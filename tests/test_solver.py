@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
+from torchdiffeq._impl.odeint import SOLVERS as TORCHDIFFEQ
 
-from anomalib_wtflow.solver import SOLVERS, Solver, SolverName
+from anomalib_wtflow.oracle import GaussianField
+from anomalib_wtflow.path import ProbabilityPath
+from anomalib_wtflow.solver import ADAPTIVE_SOLVERS, SOLVERS, AdaptiveSolver, Solver, SolverName, get_solver
+
+pytestmark = pytest.mark.method
 
 
 def field(x: Tensor, t: Tensor) -> Tensor:
@@ -16,7 +21,8 @@ def field(x: Tensor, t: Tensor) -> Tensor:
 
 
 def test_names() -> None:
-    assert set(get_args(SolverName)) == set(SOLVERS)
+    assert get_args(SolverName) == (*SOLVERS, *ADAPTIVE_SOLVERS)
+    assert set(ADAPTIVE_SOLVERS) <= set(TORCHDIFFEQ)
 
 
 @pytest.mark.parametrize(("name", "oracle"), [("euler", "euler"), ("midpoint", "midpoint")])
@@ -53,8 +59,59 @@ def test_there_and_back() -> None:
     torch.testing.assert_close(solver.integrate(field, there, 1, 0), x, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ADAPTIVE_SOLVERS)
+def test_adaptive_against_the_exact_flow(name: str) -> None:
+    """The flow of Gaussian data from t = 0.1: the error falls with the tolerance and stays below 100 times it."""
+    root = torch.randn(3, 3, dtype=torch.float64)
+    exact = GaussianField(torch.ones(3).double(), root @ root.T, ProbabilityPath("linear"))
+    x = torch.randn(20, 3, dtype=torch.float64)
+    start, end = torch.full((20,), 0.1, dtype=torch.float64), torch.ones(20, dtype=torch.float64)
+    errors = [
+        (AdaptiveSolver(name, tol, tol).integrate(exact, x, 0.1, 1.0) - exact.transport(x, start, end)).abs().max()
+        for tol in (1e-4, 1e-6)
+    ]
+    assert errors[0] < 1e-2
+    assert errors[1] < 1e-4
+    assert errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize("name", ADAPTIVE_SOLVERS)
+def test_adaptive_there_and_back(name: str) -> None:
+    x = torch.randn(3, 2, dtype=torch.float64)
+    solver = AdaptiveSolver(name, 1e-7, 1e-7)
+    there = solver.integrate(field, x, 0, 1)
+    torch.testing.assert_close(solver.integrate(field, there, 1, 0), x, rtol=0, atol=1e-5)
+
+
+def test_adaptive_says_when_it_cannot() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"Solver 'dopri5' found no step that meets rtol=1e-05.*check the field for NaN"
+    ):
+        AdaptiveSolver("dopri5").integrate(lambda x, _: x * float("nan"), torch.ones(2, 1))
+
+
+def test_adaptive_refuses_a_traced_export() -> None:
+    class Flow(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return AdaptiveSolver("dopri5").integrate(lambda z, _: -z, x)
+
+    with pytest.raises(RuntimeError, match="Solver 'dopri5' chooses its steps from the data and does not export: give"):
+        torch.export.export(Flow(), (torch.ones(2, 1),), strict=False)
+
+
+def test_by_name() -> None:
+    assert isinstance(get_solver("rk4", 3), Solver)
+    assert isinstance(get_solver("dopri8"), AdaptiveSolver)
+    with pytest.raises(
+        ValueError, match=r"Unknown solver 'dopri6': did you mean 'dopri[58]'.*euler, midpoint, rk4, dopri5"
+    ):
+        get_solver("dopri6")
+
+
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="Unknown solver 'heun': choose one of euler, midpoint, rk4"):
+    with pytest.raises(ValueError, match=r"Unknown solver 'heun': .*choose one of euler, midpoint, rk4"):
         Solver("heun")
     with pytest.raises(ValueError, match="steps is 0"):
         Solver("euler", 0)
+    with pytest.raises(ValueError, match="rtol is 0 and atol 1: choose tolerances above 0"):
+        AdaptiveSolver("dopri5", 0, 1)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from anomalib_wtflow._registry import lookup
 
-CouplingName = Literal["independent", "optimal", "worst", "worst_image", "worst_local", "worst_of_two", "antipodal"]
+CouplingName = Literal[
+    "independent", "optimal", "optimal_image", "worst", "worst_image", "worst_local", "worst_of_two", "antipodal"
+]
 
 
 def _assign(inner: Tensor, maximize: bool) -> Tensor:
@@ -37,6 +39,12 @@ def _by_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
     return noise[index[0]]
 
 
+def _within_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
+    points, draws = x0.flatten(2).mT, noise.flatten(2).mT
+    coupled = _permute(draws, _assign(points @ draws.mT, maximize))
+    return coupled.mT.reshape(noise.shape)
+
+
 def independent(x0: Tensor, noise: Tensor) -> Tensor:
     """``eps`` as drawn: plain time-reversed flow matching."""
     del x0
@@ -48,6 +56,11 @@ def optimal(x0: Tensor, noise: Tensor) -> Tensor:
     return _by_image(x0, noise, maximize=True)
 
 
+def optimal_image(x0: Tensor, noise: Tensor) -> Tensor:
+    """``argmin_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image: local optimal transport."""
+    return _within_image(x0, noise, maximize=True)
+
+
 def worst(x0: Tensor, noise: Tensor) -> Tensor:
     """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch worst transport."""
     return _by_image(x0, noise, maximize=False)
@@ -55,9 +68,7 @@ def worst(x0: Tensor, noise: Tensor) -> Tensor:
 
 def worst_image(x0: Tensor, noise: Tensor) -> Tensor:
     """``argmax_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image."""
-    points, draws = x0.flatten(2).mT, noise.flatten(2).mT
-    coupled = _permute(draws, _assign(points @ draws.mT, maximize=False))
-    return coupled.mT.reshape(noise.shape)
+    return _within_image(x0, noise, maximize=False)
 
 
 def worst_local(x0: Tensor, noise: Tensor) -> Tensor:
@@ -92,6 +103,7 @@ Coupling = Callable[[Tensor, Tensor], Tensor]
 COUPLINGS: dict[str, Coupling] = {
     "independent": independent,
     "optimal": optimal,
+    "optimal_image": optimal_image,
     "worst": worst,
     "worst_image": worst_image,
     "worst_local": worst_local,

@@ -35,12 +35,12 @@ from anomalib_wtflow.normalization import NormalizationName
 from anomalib_wtflow.path import PathName
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
-from anomalib_wtflow.solver import SolverName
+from anomalib_wtflow.solver import SolverName, not_exportable
 from anomalib_wtflow.torch_model import WTFlowModel
 
 
 @register_model
-class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
+class WTFlow(EpochDefault, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
     The first 19 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
@@ -60,10 +60,11 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
         depth: Depth of the network; None for its own default (3, or 2 for the U-Net).
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
-        coupling: ``independent``, ``optimal``, ``worst``, ``worst_image``, ``worst_local``, ``worst_of_two`` or
-            ``antipodal``.
-        solver: ``euler``, ``midpoint`` or ``rk4``.
-        steps: Solver steps at inference.
+        coupling: ``independent``, ``optimal``, ``optimal_image``, ``worst``, ``worst_image``, ``worst_local``,
+            ``worst_of_two`` or ``antipodal``.
+        solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, ``dopri5``, ``dopri8``, ``bosh3``,
+            ``fehlberg2`` or ``adaptive_heun``.
+        steps: Steps of the first three at inference.
         start_time: Time in [0, 1) at which inference enters the flow.
         anomaly_map: ``absolute`` or ``relative``.
         top_fraction: Share of the map that makes the image score, in (0, 1].
@@ -259,6 +260,28 @@ class WTFlow(EpochDefault, AnomalibModule):  # type: ignore[misc]
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
         super().on_load_checkpoint(checkpoint)
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does.
+
+        Raises:
+            ValueError: If the solver is adaptive, and so does not export.
+        """
+        self._check_exportable()
+        return super().to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
+        """Export as anomalib does, to ONNX and, on the way, to OpenVINO.
+
+        Raises:
+            ValueError: If the solver is adaptive, and so does not export.
+        """
+        self._check_exportable()
+        return super().to_onnx(*args, **kwargs)
+
+    def _check_exportable(self) -> None:
+        if not self.model.solver.exportable:
+            raise ValueError(not_exportable(self.model.solver.name))
 
     def on_fit_start(self) -> None:
         """Keep Lightning from warning that the backbone is in evaluation mode: it is meant to be."""

@@ -1,14 +1,15 @@
-"""Fixed-step solvers of ``dx/dt = v(x, t)``, unrolled so that they export."""
+"""Solvers of ``dx/dt = v(x, t)``: unrolled fixed steps, which export, and torchdiffeq's adaptive ones, for analysis."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torchdiffeq import odeint
 
 from anomalib_wtflow._registry import lookup
 
-SolverName = Literal["euler", "midpoint", "rk4"]
+SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 VectorField = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,6 +28,21 @@ SOLVERS: dict[str, Tableau] = {
     "midpoint": Tableau((0.0, 1 / 2), (0.0, 1.0)),
     "rk4": Tableau((0.0, 1 / 2, 1 / 2, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
+"""Solvers of a fixed number of steps."""
+
+ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+"""torchdiffeq's explicit solvers of adaptive step size, by torchdiffeq's names."""
+
+
+class ODESolver(Protocol):
+    """What the model and the diagnostics need of a solver."""
+
+    name: str
+    exportable: bool
+
+    def integrate(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
+        """Carry ``x`` along ``field`` from time ``start`` to ``end``."""
+        ...
 
 
 class Solver:
@@ -41,6 +57,8 @@ class Solver:
     Raises:
         ValueError: If the name is unknown or there is no step.
     """
+
+    exportable = True
 
     def __init__(self, name: str = "euler", steps: int = 1) -> None:
         self.tableau = lookup(SOLVERS, "solver", name)
@@ -72,3 +90,75 @@ class Solver:
                 total = total + weight * slope
             x = x + h * total
         return x
+
+
+class AdaptiveSolver:
+    """torchdiffeq's solvers of adaptive step size: ``error <= atol + rtol |x|`` at each step. For analysis in Python.
+
+    The step is chosen for the whole batch, so a result may depend on its companions, within the tolerance.
+
+    Args:
+        name: One of :data:`ADAPTIVE_SOLVERS`.
+        rtol: Relative tolerance, above 0.
+        atol: Absolute tolerance, above 0.
+
+    Raises:
+        ValueError: If the name is unknown or a tolerance is not positive.
+    """
+
+    exportable = False
+
+    def __init__(self, name: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-6) -> None:
+        self.name = lookup({solver: solver for solver in ADAPTIVE_SOLVERS}, "adaptive solver", name)
+        if not (rtol > 0 and atol > 0):
+            msg = f"rtol is {rtol} and atol {atol}: choose tolerances above 0."
+            raise ValueError(msg)
+        self.rtol = rtol
+        self.atol = atol
+
+    def integrate(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
+        """Carry ``x`` along ``field`` from time ``start`` to ``end``, as :meth:`Solver.integrate` does.
+
+        Raises:
+            RuntimeError: If the model is being exported, or the solver finds no step within the tolerance.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(not_exportable(self.name))
+        times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
+        try:
+            return odeint(
+                lambda t, z: field(z, t.expand(len(z))),
+                x,
+                times,
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.name,
+                # A step that ends at the end: torchdiffeq would otherwise interpolate, which costs dopri8 three digits.
+                options={"step_t": times[1:]},
+            )[-1]
+        except AssertionError as error:
+            msg = (
+                f"Solver '{self.name}' found no step that meets rtol={self.rtol:g} and atol={self.atol:g} "
+                f"({error}): loosen the tolerances, start later than t = {start:g}, or check the field for NaN."
+            )
+            raise RuntimeError(msg) from error
+
+
+def not_exportable(name: str) -> str:
+    """Say why an adaptive solver does not export, and what does."""
+    return (
+        f"Solver '{name}' chooses its steps from the data and does not export: "
+        f"give the model one of {', '.join(SOLVERS)}, as --model.solver."
+    )
+
+
+def get_solver(name: str = "euler", steps: int = 1) -> Solver | AdaptiveSolver:
+    """Build a solver by name; ``steps`` has no effect on the adaptive ones.
+
+    Raises:
+        ValueError: If the name is unknown or there is no step.
+    """
+    if name in ADAPTIVE_SOLVERS:
+        return AdaptiveSolver(name)
+    lookup({**SOLVERS, **dict.fromkeys(ADAPTIVE_SOLVERS)}, "solver", name)
+    return Solver(name, steps)

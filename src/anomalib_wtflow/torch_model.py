@@ -11,9 +11,10 @@ from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
 from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
 from anomalib_wtflow.field import get_field
+from anomalib_wtflow.fit import regress
 from anomalib_wtflow.normalization import get_normalization
 from anomalib_wtflow.path import ProbabilityPath
-from anomalib_wtflow.solver import Solver
+from anomalib_wtflow.solver import get_solver
 
 
 class WTFlowModel(nn.Module):
@@ -38,8 +39,9 @@ class WTFlowModel(nn.Module):
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
         coupling: One of :data:`anomalib_wtflow.coupling.COUPLINGS`.
-        solver: ``euler``, ``midpoint`` or ``rk4``.
-        steps: Solver steps.
+        solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, one of torchdiffeq's
+            :data:`anomalib_wtflow.solver.ADAPTIVE_SOLVERS`.
+        steps: Steps of the first three.
         start_time: Time t_s in [0, 1) at which inference enters the flow, see :meth:`flow`. 0 is the paper's one-step
             inference ``y = x0 + v(x0, 0)``; one Euler step on the linear path gives ``y = x0 + v((1 - t_s) x0, t_s)``
             (ours).
@@ -79,7 +81,7 @@ class WTFlowModel(nn.Module):
             raise ValueError(msg)
         self.path = ProbabilityPath(path, s_min)
         self.coupling = get_coupling(coupling)
-        self.solver = Solver(solver, steps)
+        self.solver = get_solver(solver, steps)
         self.start_time = start_time
         self.anomaly_map_generator = AnomalyMapGenerator(anomaly_map, top_fraction)
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, weights, pool_size, pool_stride, merge)
@@ -114,10 +116,7 @@ class WTFlowModel(nn.Module):
         Returns:
             ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H, W)``.
         """
-        x0 = self.normalization(features)
-        t = torch.rand(len(x0), device=x0.device)
-        sample = self.path.sample(x0, self.coupling(x0, torch.randn_like(x0)), t)
-        return self.field(sample.x_t, sample.t), sample.velocity
+        return regress(self.field, self.normalization(features), self.path, self.coupling)
 
     def flow(self, x0: Tensor) -> Tensor:
         """Carry normalised features ``(N, C, H, W)`` along the learnt field; near 0 is normal.
