@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # `typing` would cost every interpreter 15 ms, through th
 
 if TYPE_CHECKING:
     from anomalib_wtflow.baselines import FastflowBaseline
+    from anomalib_wtflow.diagnosis import diagnose, diagnose_toy
     from anomalib_wtflow.lightning_model import WTFlow
     from anomalib_wtflow.loss import WTFlowLoss
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from anomalib_wtflow.torch_model import WTFlowModel
 
 __version__ = "0.1.0"
-__all__ = ["FastflowBaseline", "SyntheticParts", "WTFlow", "WTFlowLoss", "WTFlowModel", "WTFlowPostProcessor"]
+__all__ = [
+    "FastflowBaseline",
+    "SyntheticParts",
+    "WTFlow",
+    "WTFlowLoss",
+    "WTFlowModel",
+    "WTFlowPostProcessor",
+    "diagnose",
+    "diagnose_toy",
+]
 
 _HOMES = {
     "FastflowBaseline": "baselines",
@@ -23,6 +33,8 @@ _HOMES = {
     "WTFlowLoss": "loss",
     "WTFlowModel": "torch_model",
     "WTFlowPostProcessor": "post_processor",
+    "diagnose": "diagnosis",
+    "diagnose_toy": "diagnosis",
 }
 
 

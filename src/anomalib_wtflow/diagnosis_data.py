@@ -1,0 +1,85 @@
+"""The data of a diagnosis: anomalib's data modules, its data configs, and folders."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from anomalib.data import AnomalibDataModule, Folder, PredictDataset, get_datamodule
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+
+class DataSets(NamedTuple):
+    """Training images (None if there are none) and test images."""
+
+    train: Dataset | None
+    test: Dataset
+
+
+def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
+    """Find the training and the test images.
+
+    Args:
+        data: anomalib data module; or a YAML file with anomalib's data config, by itself or below ``data``; or a folder
+            in MVTec's layout; or a folder of images without labels.
+
+    Returns:
+        anomalib data sets, whose items have ``image``, and ``gt_label`` and ``gt_mask`` if they are labelled.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If there are no test images in it.
+    """
+    if not isinstance(data, AnomalibDataModule):
+        path = Path(data)
+        if not path.exists():
+            msg = f"There is no data at '{data}': give a folder, a YAML file, or the name of an anomalib data module."
+            raise FileNotFoundError(msg)
+        if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
+            data = from_config(path)
+        elif (path / "test").is_dir():
+            data = mvtec_layout(path)
+        else:
+            return DataSets(None, PredictDataset(path))
+    data.prepare_data()
+    data.setup()
+    if len(data.test_data) == 0:
+        msg = f"The data module {data.name} has no test images: give it some, good and defective."
+        raise ValueError(msg)
+    return DataSets(data.train_data, data.test_data)
+
+
+def from_config(path: Path) -> AnomalibDataModule:
+    """Build the data module of a YAML file with ``class_path`` and ``init_args``, by itself or below ``data``.
+
+    Raises:
+        ValueError: If there is no ``class_path``.
+    """
+    config: Any = OmegaConf.load(path)
+    config = config.get("data", config)
+    if "class_path" not in config:
+        msg = f"'{path}' holds no data config: give 'class_path' and 'init_args', by themselves or below 'data'."
+        raise ValueError(msg)
+    return get_datamodule(config)
+
+
+def mvtec_layout(root: Path) -> Folder:
+    """Build a data module of a folder with ``train/good``, ``test/<kind>`` and, if there are masks, ``ground_truth``.
+
+    Raises:
+        ValueError: If there are no good training images.
+    """
+    if not (root / "train" / "good").is_dir():
+        msg = f"'{root}' has a folder 'test' but no 'train/good': give a folder in MVTec's layout, or of images alone."
+        raise ValueError(msg)
+    defects = sorted(folder.name for folder in (root / "test").iterdir() if folder.is_dir() and folder.name != "good")
+    masks = [f"ground_truth/{defect}" for defect in defects]
+    return Folder(
+        name=root.name,
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good" if (root / "test" / "good").is_dir() else None,
+        abnormal_dir=[f"test/{defect}" for defect in defects] or None,
+        mask_dir=masks if masks and all((root / mask).is_dir() for mask in masks) else None,
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )
