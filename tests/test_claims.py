@@ -165,6 +165,12 @@ def test_worst_transport_does_not_beat_plain_rfm_here(escape: dict) -> None:
     assert row["worst"]["auroc"][0] < plain
 
 
+def test_whitening_alone_does_as_well(escape: dict) -> None:
+    """A negative result: the Mahalanobis distance, without a flow, is within 0.02 of plain rFM on the subspace."""
+    row = escape["subspace"]
+    assert abs(row["control_whitened"][0] - row["independent"]["auroc"][0]) < 0.02
+
+
 def test_antipodal_carries_normal_points_through_the_centre(escape: dict) -> None:
     """One step along -(1 + c) x0 with c = 1 ends opposite, at radius 1: the density proxy sees no well."""
     row = escape["subspace"]["antipodal"]

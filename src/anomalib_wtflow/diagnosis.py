@@ -90,7 +90,8 @@ def diagnose(
         output: Folder to write into.
         flow_images: Test images of each kind whose features are followed along the flow.
         control_steps: Training steps of the plain rFM field (independent coupling) that the trained one is compared
-            with; None for as many as the checkpoint has, 0 for no comparison.
+            with; None for as many as the checkpoint has, 0 for no comparison. Its batches are about as large as the
+            checkpoint's, whose steps an epoch are known.
         log_density: ``exact`` or ``hutchinson``, to compare the density proxy with the log-density along the ODE.
         device: ``auto``, ``cpu``, ``cuda`` and so on.
         seed: Seed of the noise and of the comparison's training.
@@ -113,7 +114,7 @@ def diagnose(
         msg = f"Unknown log_density '{log_density}': choose one of exact, hutchinson, or leave it out."
         raise ValueError(msg)
     show = Progress(progress)
-    model, trained_steps = load_model(ckpt_path)
+    model, trained_steps, steps_per_epoch = load_model(ckpt_path)
     model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
     train_data, test_data = data_sets(data)
     seed_everything(seed, verbose=False)
@@ -122,7 +123,8 @@ def diagnose(
     steps = trained_steps if control_steps is None else control_steps
     fields: dict[str, nn.Module] = {model.coupling: model.model.field}
     if train_data is not None and steps > 0 and model.coupling != "independent":
-        fields["independent"] = fit_control(model, train_data, steps, show)
+        batch_size = math.ceil(len(train_data) / steps_per_epoch) if steps_per_epoch else 32
+        fields["independent"] = fit_control(model, train_data, steps, batch_size, show)
     kinds = ("normal", "anomalous", "unlabelled")
     followed = {kind: _spread([image for image in images if image.kind == kind], flow_images) for kind in kinds}
     followed = {kind: chosen for kind, chosen in followed.items() if chosen}
@@ -173,7 +175,7 @@ def diagnose_toy(output: str | Path = "results/diagnose-toy", seeds: int = 3, pr
     if seeds < 1:
         msg = f"seeds is {seeds}: train with at least 1 seed."
         raise ValueError(msg)
-    trainings = 3 + seeds * len(toy.FLOW_COUPLINGS) * len(toy.DATA)
+    trainings = 3 + seeds * len(toy.TOY_COUPLINGS) * len(toy.DATA)
     bar = iter(Progress(progress)(range(trainings + 1), "Training toy fields"))
     next(bar)
     numbers: dict[str, Any] = {
@@ -201,8 +203,8 @@ def diagnose_toy(output: str | Path = "results/diagnose-toy", seeds: int = 3, pr
 # The model and the test images ---------------------------------------------------------------------------------------
 
 
-def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int]:
-    """Load a trained model, in evaluation mode, and its number of training steps.
+def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int, int]:
+    """Load a trained model, in evaluation mode, its number of training steps, and how many of them an epoch had.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -216,7 +218,8 @@ def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int]:
         raise FileNotFoundError(msg)
     try:
         model = WTFlow.load_from_checkpoint(path, map_location="cpu").eval()
-        steps = torch.load(path, map_location="cpu", weights_only=False)["global_step"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        steps, epochs = checkpoint["global_step"], checkpoint["epoch"] + 1
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         msg = f"'{ckpt_path}' is not a checkpoint of a WTFlow model: give the model.ckpt of its run ({reason})."
@@ -224,7 +227,7 @@ def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int]:
     if not model.model.normalization.fitted:
         msg = f"The model in '{ckpt_path}' is not trained: give a checkpoint written after training has begun."
         raise ValueError(msg)
-    return model, steps
+    return model, steps, steps // epochs
 
 
 def _transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
@@ -261,7 +264,7 @@ def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredIma
         )
 
 
-def fit_control(model: WTFlow, train_data: Any, steps: int, show: Progress) -> nn.Module:
+def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, show: Progress) -> nn.Module:
     """Train the model's network with independent coupling on at most 512 of the training images (AdamW, cosine)."""
     chosen = _spread(range(len(train_data)), TRAINING_IMAGES)
     with torch.no_grad():
@@ -273,8 +276,8 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, show: Progress) -> n
     settings = model.hparams
     control = get_field(settings["network"], x0.shape[1], settings["width"], settings["depth"]).to(x0.device)
     return fit_field(
-        control, x0, model.model.path, get_coupling("independent"), steps,
-        learning_rate=model.learning_rate, weight_decay=model.weight_decay,
+        control, x0, model.model.path, get_coupling("independent"), steps, batch_size,
+        model.learning_rate, model.weight_decay,
         description="Training plain rFM, to compare with" if show.shown else None,
     )  # fmt: skip
 

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 from anomalib.data import AnomalibDataModule, Folder, PredictDataset, get_datamodule
 from omegaconf import OmegaConf
-from torch.utils.data import Dataset
 
 
 class DataSets(NamedTuple):
     """Training images (None if there are none) and test images."""
 
-    train: Dataset | None
-    test: Dataset
+    train: Any | None
+    test: Any
 
 
 def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:

@@ -181,7 +181,7 @@ def log_density(numbers: dict[str, Any]) -> Figure:
 
 def toy_trajectories(numbers: dict[str, Any]) -> Figure:
     """Coupled pairs above, flow of normal and anomalous points below, a column a coupling."""
-    figure, axes = _figure(2, len(numbers), 3.4 * len(numbers), 6.8, sharex=True, sharey=True)
+    figure, axes = _figure(2, len(numbers), 3.4 * len(numbers), 6.2, sharex=True, sharey=True)
     for (upper, lower), (coupling, row) in zip(axes.T, numbers.items(), strict=True):
         data, noise = (np.asarray(points) for points in row["pairs"])
         for start, end in zip(data, noise, strict=True):
@@ -213,7 +213,7 @@ def toy_well_and_escape(numbers: dict[str, Any]) -> Figure:
     """Radius after one step (upper row) and AUROC (lower row), a column a data set; a dot a seed."""
     figure, axes = _figure(2, len(numbers), 4.4 * len(numbers), 5.6, sharex=True, squeeze=False)
     for (upper, lower), (data, row) in zip(axes.T, numbers.items(), strict=True):
-        couplings = [name for name in row if name != "control"]
+        couplings = [name for name in row if not name.startswith("control")]
         for index, coupling in enumerate(couplings):
             for kind, offset in (("normal", -0.12), ("anomalous", 0.12)):
                 color, _, marker = KINDS[kind]
@@ -226,6 +226,9 @@ def toy_well_and_escape(numbers: dict[str, Any]) -> Figure:
                 lower.plot([index + offset] * len(values), values, marker, color=color, mfc="none", label=label)
         upper.axhline(1, color=GREY, linewidth=0.8, linestyle=(0, (1, 3)))
         lower.axhline(np.mean(row["control"]), color="black", linewidth=1, linestyle="--", label="no flow")
+        lower.axhline(
+            np.mean(row["control_whitened"]), color="black", linewidth=1, linestyle=":", label="no flow, whitened"
+        )
         upper.set_title({"arc": "arc, D = 2", "subspace": "subspace, D = 128"}.get(data, data))
         upper.set_ylim(bottom=0)
         lower.set(ylim=(0.3, 1.03), xticks=range(len(couplings)))

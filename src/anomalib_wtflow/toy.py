@@ -20,12 +20,12 @@ from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.diagnostics import centripetal_component, radius, trajectory
 from anomalib_wtflow.field import PointwiseField
 from anomalib_wtflow.fit import fit_field
+from anomalib_wtflow.normalization import Whitening
 from anomalib_wtflow.oracle import EmpiricalField, GaussianField
 from anomalib_wtflow.path import ProbabilityPath
 
 LINEAR = ProbabilityPath("linear")
-FLOW_COUPLINGS = ("independent", "optimal", "worst", "worst_of_two", "antipodal")
-COMPONENT_COUPLINGS = ("independent", "optimal", "worst", "worst_of_two", "antipodal")
+TOY_COUPLINGS = ("independent", "optimal", "worst", "worst_of_two", "antipodal")
 
 
 class Points(NamedTuple):
@@ -224,7 +224,7 @@ def centripetal_components(
         "worst_of_two": lambda dim: -1 - math.sqrt(2 / math.pi / dim),
         "antipodal": lambda _: -2.0,
     }
-    for name in COMPONENT_COUPLINGS:
+    for name in TOY_COUPLINGS:
         coupling, means, errors = get_coupling(name), [], []
         for dim in dimensions:
             values = []
@@ -260,7 +260,7 @@ def one_step(field: PointwiseField, x0: Tensor, start_time: float) -> Tensor:
 
 def well_and_escape(
     seeds: Sequence[int] = (0, 1, 2),
-    couplings: Sequence[str] = FLOW_COUPLINGS,
+    couplings: Sequence[str] = TOY_COUPLINGS,
     data: Sequence[str] = ("arc", "subspace"),
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, object]]:
@@ -273,7 +273,8 @@ def well_and_escape(
         progress: Called after each training.
 
     Returns:
-        By data set: the control's AUROC (``||x0||``, no flow) for each seed and, by coupling, for each seed the AUROC
+        By data set: the AUROCs of two controls without a flow, ``||x0||`` and the same after whitening by the training
+        points (a Mahalanobis distance), for each seed; and, by coupling, for each seed the AUROC
         of the density proxy at ``t_s`` = 0 and 0.3 and the mean radius at which normal and anomalous points end at
         ``t_s = 0``.
     """
@@ -283,12 +284,17 @@ def well_and_escape(
             coupling: {"auroc": [], "auroc_start_0.3": [], "normal_radius": [], "anomalous_radius": []}
             for coupling in couplings
         }
-        control = []
+        control: list[float] = []
+        whitened: list[float] = []
         for seed in seeds:
             torch.manual_seed(seed)
             normal, anomalous = DATA[name](4096)
             tested = Points(normal[2048:], anomalous[2048:])
             control.append(auroc(*(radius(x).flatten() for x in tested)))
+            whitening = Whitening(normal.shape[1])
+            whitening.update(normal[:2048])
+            whitening.finalize()
+            whitened.append(auroc(*(radius(whitening(x)).flatten() for x in tested)))
             for coupling in couplings:
                 torch.manual_seed(seed)
                 field = fit_toy(normal[:2048], coupling)
@@ -300,7 +306,7 @@ def well_and_escape(
                         row["normal_radius"].append(radius(ends[0]).mean().item())
                         row["anomalous_radius"].append(radius(ends[1]).mean().item())
                 progress()
-        result[name] = {"control": control, **scores}
+        result[name] = {"control": control, "control_whitened": whitened, **scores}
     return result
 
 
