@@ -123,7 +123,7 @@ def _well(numbers: dict[str, Any]) -> Words:
         "Above, the mean radius after one step, below, the AUROC, a marker a seed: the random couplings draw normal "
         "points farther in than anomalous ones, antipodal carries both through the centre to the other side. "
         f"What worst transport adds to plain rFM on the subspace is {worst - plain:+.4f} AUROC (worst_of_two less "
-        f"independent, mean of {len(row['control'])} seeds), and whitening without any flow has {whitened:.4f}, against "
+        f"independent, mean of {len(row['control'])} seeds), and whitening without a flow has {whitened:.4f}, against "
         f"{plain:.4f}."
     )
 
