@@ -80,8 +80,9 @@ def test_flow_and_field_numbers(page: Path, trained: SimpleNamespace) -> None:
     numbers = json.loads((page.parent / "numbers.json").read_text())
     flow, model = numbers["flow"], trained.model.model
     channels = model.feature_extractor.out_channels
+    radius = flow["scored"]["normal"]["radius"]["median"][0]
     assert flow["predicted_start"] == {
-        "worst_of_two": pytest.approx(-1 - (2 / np.pi / channels) ** 0.5, rel=1e-5),
+        "worst_of_two": pytest.approx(-1 - (2 / np.pi / channels) ** 0.5 / radius, rel=1e-5),
         "independent": -1,
     }
     good = [i for i in range(len(trained.parts.test_data)) if not trained.parts.test_data[i].gt_label]

@@ -387,14 +387,13 @@ def flow_numbers(
     and the plain field. The optimal-transport direction is ``eps - x0``, eps coupled to x0 by ``optimal_image``.
     """
     channels = next(iter(followed.values()))[0].x0.shape[0]
-    half_normal = (2 / torch.pi / channels) ** 0.5
-    start = {"independent": -1.0, "worst_of_two": -1 - half_normal, "antipodal": -2.0}
+    start = {"independent": 0.0, "worst_of_two": (2 / torch.pi / channels) ** 0.5, "antipodal": 1.0}
     result: dict[str, Any] = {
         "ode_times": ODE_TIMES.tolist(),
         "couplings": list(fields),
         "trained_coupling": model.coupling,
         "start_time": model.model.start_time,
-        "predicted_start": {name: start.get(name) for name in fields},
+        "predicted_start": dict.fromkeys(fields),
         "positions": {},
         "scored": {},
         "ode": {name: {} for name in fields},
@@ -418,6 +417,9 @@ def flow_numbers(
                 "centripetal": _series(centripetal_component(v, x)[chosen] for x, v in pairs),
                 "cosine_to_optimal": _series(F.cosine_similarity(v, optimal, dim=1)[chosen] for v in velocities),
             }
+            if kind == "normal" and name in start:
+                middle = result["ode"][name][kind]["radius"]["median"][0]
+                result["predicted_start"][name] = -1 - start[name] / middle
             if name == model.coupling:
                 y = model.model.flow(x0)
                 steps = torch.linspace(0, 1, 21)
