@@ -94,6 +94,7 @@ def test_flow_and_field_numbers(page: Path, trained: SimpleNamespace) -> None:
     assert flow["positions"]["normal"] == 4 * 8 * 8  # 128 px at stride 16
     assert set(numbers["field"]["couplings"]) == {"worst_of_two", "independent"}
     assert numbers["control_steps"] == 5
+    assert numbers["training_steps"] == 3  # three epochs of one batch
     assert all(value > 0 for row in numbers["field"]["couplings"].values() for value in row["lipschitz"])
     proxy, _ = numbers["log_density"]["auroc"]
     assert proxy == pytest.approx(numbers["scores"]["image_auroc"], abs=1e-5)

@@ -218,8 +218,6 @@ def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int, int]:
         raise FileNotFoundError(msg)
     try:
         model = WTFlow.load_from_checkpoint(path, map_location="cpu").eval()
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        steps, epochs = checkpoint["global_step"], checkpoint["epoch"] + 1
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         msg = f"'{ckpt_path}' is not a checkpoint of a WTFlow model: give the model.ckpt of its run ({reason})."
@@ -227,7 +225,7 @@ def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int, int]:
     if not model.model.normalization.fitted:
         msg = f"The model in '{ckpt_path}' is not trained: give a checkpoint written after training has begun."
         raise ValueError(msg)
-    return model, steps, steps // epochs
+    return model, model.trained_steps, model.trained_steps // max(1, model.trained_epochs)
 
 
 def _transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:

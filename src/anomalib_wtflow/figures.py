@@ -150,7 +150,7 @@ def gallery(images: Sequence[Any], threshold: float | None) -> Figure:
             row[3].contour(image.called_mask.float(), [0.5], colors="#F0E442", linewidths=1.2)
         for cell in row:
             cell.set(xticks=[], yticks=[])
-        row[0].set_ylabel(_verdict(image), fontsize=8)
+        row[0].set_ylabel(_verdict(image), fontsize=8, parse_math=False)  # a file name may hold a $
     for cell, title in zip(axes[0], ("image", "ground truth", "anomaly map", "predicted mask"), strict=True):
         cell.set_title(title, fontsize=10)
     figure.colorbar(heat, ax=axes, location="bottom", shrink=0.4, aspect=30, label=r"anomaly map ($-\log q$)", pad=0.01)

@@ -91,6 +91,9 @@ class WTFlow(EpochDefault, AnomalibModule):
 
     model: WTFlowModel
     loss: WTFlowLoss
+    trained_steps: int = 0
+    """Training steps and epochs of the checkpoint that was loaded, if one was."""
+    trained_epochs: int = 0
 
     def __init__(
         self,
@@ -259,6 +262,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
+        self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
         super().on_load_checkpoint(checkpoint)
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
