@@ -15,7 +15,7 @@ from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, diagnose, diagnose_toy
 from anomalib_wtflow.cli import main
-from anomalib_wtflow.diagnosis import ScoredImage, load_model, worst_first
+from anomalib_wtflow.diagnosis import ScoredImage, _items, load_model, worst_first
 from anomalib_wtflow.diagnosis_data import data_sets
 from conftest import quiet_engine
 
@@ -191,6 +191,10 @@ def test_bad_data(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("model: WTFlow")
     with pytest.raises(ValueError, match="holds no data config: give 'class_path' and 'init_args'"):
         data_sets(tmp_path / "x.yaml")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("")
+    with pytest.raises(ValueError, match=r"There are no images in '.*text': give a folder of images"):
+        data_sets(tmp_path / "text")
     (tmp_path / "half" / "test").mkdir(parents=True)
     with pytest.raises(ValueError, match="has a folder 'test' but no 'train/good'"):
         data_sets(tmp_path / "half")
@@ -218,6 +222,10 @@ def test_errors_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "flow_images is 0 and control_steps None" in run(
         capsys, "--ckpt_path", "x", "--data", tmp_path, "--flow_images", 0
     )
+    message = run(capsys, "--ckpt_path", "x", "--data", "SyntheticParts", "--data.side", 10)
+    assert message.startswith("error: SyntheticParts was asked for 64, 40 and 16 images of 10 pixels: draw at least")
+    assert "Option 'name' is required" in run(capsys, "--ckpt_path", "x", "--data", "Folder")
+    assert "Nonsense" in run(capsys, "--ckpt_path", "x", "--data", "Nonsense")
     assert "hutchinson" in run(capsys, "--ckpt_path", "x", "--data", tmp_path, "--log_density", "exakt")
 
 
@@ -258,11 +266,20 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     from anomalib_wtflow.report import write_report
 
     (tmp_path / "page").write_text("")
-    with pytest.raises(ValueError, match="is a file: give a folder"):
+    with pytest.raises(ValueError, match=r"Nothing can be written to '.*page' .*: give another folder as --output"):
         write_report(tmp_path / "page", "t", "s", [], {})
     with pytest.raises(ValueError, match="Out of range float"):
         write_report(tmp_path / "new", "t", "s", [], {"x": float("nan")})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(
+        ValueError, match=r"The image '.*b.png' cannot be read: remove it or replace it by a whole file"
+    ):
+        list(_items(data_sets(tmp_path).test, range(2)))
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:

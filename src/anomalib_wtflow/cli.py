@@ -3,6 +3,8 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -14,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With 2 if the arguments are wrong, with 1 if the work fails; one sentence says why.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     # Other packages' deprecations at import are not the user's business.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -30,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     diagnosis.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a WTFlow model.")
     diagnosis.add_argument(
         "--data",
-        type=AnomalibDataModule | str | None,
-        default=None,
+        type=str if _names_a_path(arguments) else AnomalibDataModule,
         help="anomalib data module with its --data.… arguments, a YAML file with its config, a folder in MVTec's "
         "layout, or a folder of images.",
     )
@@ -41,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="anomalib-wtflow", description="Tools around the anomalib model WTFlow.")
     parser.add_subcommands().add_subcommand("diagnose", diagnosis, help="Why does a trained model separate?")
 
-    given = parser.instantiate_classes(parser.parse_args(arguments)).diagnose
-    if not given.toy and (given.ckpt_path is None or given.data is None):
+    given = parser.parse_args(arguments)
+    if not given.diagnose.toy and (given.diagnose.ckpt_path is None or given.diagnose.data is None):
         diagnosis.error("give --ckpt_path and --data, or --toy for the method on drawn data.")
     try:
+        given = parser.instantiate_classes(given).diagnose
         if given.toy:
             page = diagnose_toy(given.output or "results/diagnose-toy", given.seeds)
         else:
@@ -61,3 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"Wrote {page}\n")
+
+
+def _names_a_path(arguments: Sequence[str]) -> bool:
+    """Whether ``--data`` is a file or folder, or looks like one, rather than the name of a data module."""
+    values = [value for flag, value in pairwise(arguments) if flag == "--data"]
+    values += [argument.removeprefix("--data=") for argument in arguments if argument.startswith("--data=")]
+    return any(Path(value).exists() or not value.replace(".", "_").isidentifier() for value in values)

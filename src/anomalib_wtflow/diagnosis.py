@@ -20,9 +20,10 @@ from anomalib_wtflow.diagnosis_data import data_sets
 from anomalib_wtflow.diagnostics import centripetal_component, local_lipschitz, radius, trajectory
 from anomalib_wtflow.field import PointwiseField, get_field
 from anomalib_wtflow.fit import fit_field
+from anomalib_wtflow.image_check import raise_for_unreadable
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.log_density import log_density as log_density_along_flow
-from anomalib_wtflow.report import write_report
+from anomalib_wtflow.report import make_folder, write_report
 from anomalib_wtflow.solver import Solver
 
 DivergenceChoice = Literal["exact", "hutchinson"]
@@ -102,7 +103,8 @@ def diagnose(
 
     Raises:
         FileNotFoundError: If the checkpoint or the data is not there.
-        ValueError: If the checkpoint is not a WTFlow model's, or an argument is out of range.
+        ValueError: If the checkpoint is not a WTFlow model's, an image cannot be read, the output cannot be written, or
+            an argument is out of range.
     """
     if flow_images < 1 or (control_steps is not None and control_steps < 0):
         msg = (
@@ -115,7 +117,8 @@ def diagnose(
         raise ValueError(msg)
     show = Progress(progress)
     model, trained_steps, steps_per_epoch = load_model(ckpt_path)
-    model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    _to_device(model, device)
+    make_folder(Path(output))
     train_data, test_data = data_sets(data)
     seed_everything(seed, verbose=False)
 
@@ -175,6 +178,7 @@ def diagnose_toy(output: str | Path = "results/diagnose-toy", seeds: int = 3, pr
     if seeds < 1:
         msg = f"seeds is {seeds}: train with at least 1 seed."
         raise ValueError(msg)
+    make_folder(Path(output))
     trainings = 3 + seeds * len(toy.TOY_COUPLINGS) * len(toy.DATA)
     bar = iter(Progress(progress)(range(trainings + 1), "Training toy fields"))
     next(bar)
@@ -228,6 +232,25 @@ def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int, int]:
     return model, model.trained_steps, model.trained_steps // max(1, model.trained_epochs)
 
 
+def _to_device(model: WTFlow, device: str) -> None:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        msg = f"device is '{device}', which this machine cannot use: give auto, or one that torch finds ({error})."
+        raise ValueError(msg) from error
+
+
+def _items(data: Any, indices: Iterable[int]) -> Iterator[Any]:
+    try:
+        for index in indices:
+            yield data[index]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise_for_unreadable([data], decode=True, cause=error)
+        raise
+
+
 def _transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
     transform = getattr(model.pre_processor, "transform", None)
     mask = getattr(item, "gt_mask", None)
@@ -239,7 +262,7 @@ def _transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
 @torch.no_grad()
 def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredImage]:
     """Score each image of an anomalib data set as the model does in production."""
-    for item in show((data[index] for index in range(len(data))), "Scoring the test images", len(data)):
+    for item in show(_items(data, range(len(data))), "Scoring the test images", len(data)):
         image, mask = _transform(model, item)
         features = model.model.extract(image[None].to(model.device))
         raw: Any = model.model.predict(features, image.shape[-2:])
@@ -267,8 +290,8 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, sho
     chosen = _spread(range(len(train_data)), TRAINING_IMAGES)
     with torch.no_grad():
         features = []
-        for index in show(chosen, "Extracting the training features"):
-            image, _ = _transform(model, train_data[index])
+        for item in show(_items(train_data, chosen), "Extracting the training features", len(chosen)):
+            image, _ = _transform(model, item)
             features.append(model.model.normalization(model.model.extract(image[None].to(model.device))))
     x0 = torch.cat(features)
     settings = model.hparams
@@ -350,6 +373,9 @@ def score_numbers(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, Any
         both = "normal" in values and "anomalous" in values
         result[f"{name}_auroc"] = toy.auroc(values["normal"], values["anomalous"]) if both else None
         result[f"{name}_auroc_no_flow"] = toy.auroc(control["normal"], control["anomalous"]) if both else None
+        if not values:  # defective images without masks, and no good ones: no pixel has a known kind
+            result[f"{name}_histogram"] = None
+            continue
         low = min(float(value.min()) for value in values.values())
         high = max(float(value.max()) for value in values.values())
         edges = torch.logspace(math.log10(max(low, 1e-6) * 0.999), math.log10(max(high, 1e-5) * 1.001), 41)

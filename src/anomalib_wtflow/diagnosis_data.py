@@ -38,13 +38,26 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
         elif (path / "test").is_dir():
             data = mvtec_layout(path)
         else:
-            return DataSets(None, PredictDataset(path))
+            return DataSets(None, images_of(path))
     data.prepare_data()
     data.setup()
     if len(data.test_data) == 0:
         msg = f"The data module {data.name} has no test images: give it some, good and defective."
         raise ValueError(msg)
     return DataSets(data.train_data, data.test_data)
+
+
+def images_of(path: Path) -> PredictDataset:
+    """Images of a folder, or one image, without labels.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    try:
+        return PredictDataset(path)
+    except (RuntimeError, ValueError) as error:
+        msg = f"There are no images in '{path}': give a folder of images, or one in MVTec's layout, or a YAML file."
+        raise ValueError(msg) from error
 
 
 def from_config(path: Path) -> AnomalibDataModule:

@@ -111,7 +111,7 @@ def histograms(scores: dict[str, Any]) -> Figure:
     """Histograms of the density proxy, by image and by pixel, with the thresholds."""
     figure, panels = _figure(1, 2, 8.4, 3.4)
     for axes, level, threshold in zip(panels, ("image", "pixel"), ("threshold", "pixel_threshold"), strict=True):
-        histogram = scores[f"{level}_histogram"]
+        histogram = scores[f"{level}_histogram"] or {}
         for kind, (color, style, _) in KINDS.items():
             if kind in histogram:
                 axes.stairs(
@@ -140,14 +140,19 @@ def gallery(images: Sequence[Any], threshold: float | None) -> Figure:
             shown = np.asarray(picture.convert("RGB").resize((width, height)))
         row[0].imshow(shown)
         if image.mask is None:
+            row[1].imshow(np.ones((height, width)), cmap="gray", vmin=0, vmax=1)
             row[1].text(0.5, 0.5, "no mask", ha="center", va="center", transform=row[1].transAxes)
         else:
             row[1].imshow(image.mask, cmap="gray", vmin=0, vmax=1)
         heat = row[2].imshow(image.anomaly_map, cmap="cividis", vmin=0, vmax=scale)
         row[3].imshow(shown)
-        if image.called_mask is not None and image.called_mask.any() and not image.called_mask.all():
-            row[3].contour(image.called_mask.float(), [0.5], colors="black", linewidths=2.6)
-            row[3].contour(image.called_mask.float(), [0.5], colors="#F0E442", linewidths=1.2)
+        if image.called_mask is not None and image.called_mask.any():
+            # A frame of zeros, so that a mask that reaches the edge, or is everywhere, has an outline there too.
+            framed = np.pad(image.called_mask.numpy().astype(float), 1)
+            x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
+            row[3].contour(x, y, framed, [0.5], colors="black", linewidths=3.2)
+            row[3].contour(x, y, framed, [0.5], colors="#F0E442", linewidths=1.6)
+            row[3].set(xlim=(-1.5, width + 0.5), ylim=(height + 0.5, -1.5))
         for cell in row:
             cell.set(xticks=[], yticks=[])
         row[0].set_ylabel(_verdict(image), fontsize=8, parse_math=False)  # a file name may hold a $

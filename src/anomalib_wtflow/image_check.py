@@ -1,7 +1,7 @@
 """Check of the image files: one clear sentence instead of a worker's traceback."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ def is_readable(path: str, decode: bool) -> bool:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
+
+
+def raise_for_unreadable(datasets: Iterable[Any], decode: bool, cause: BaseException | None = None) -> None:
+    """Name the first file of the data sets that is not a whole image, if there is one.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    paths = sorted({path for dataset in datasets for path in image_paths(dataset)})
+    broken = [path for path in paths if not is_readable(path, decode)]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        msg = f"The image '{broken[0]}'{more} cannot be read: remove it or replace it by a whole file, and run again."
+        raise ValueError(msg) from cause
 
 
 class ImageCheck(Callback):
@@ -71,14 +85,7 @@ class ImageCheck(Callback):
             self._raise_for_unreadable(trainer, decode=True, cause=exception)
 
     def _raise_for_unreadable(self, trainer: Trainer, decode: bool, cause: BaseException | None = None) -> None:
-        paths = sorted({path for dataset in self._datasets(trainer) for path in image_paths(dataset)})
-        broken = [path for path in paths if not is_readable(path, decode)]
-        if broken:
-            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            msg = (
-                f"The image '{broken[0]}'{more} cannot be read: remove it or replace it by a whole file, and run again."
-            )
-            raise ValueError(msg) from cause
+        raise_for_unreadable(self._datasets(trainer), decode, cause)
 
     @staticmethod
     def _datasets(trainer: Trainer) -> Iterator[Any]:

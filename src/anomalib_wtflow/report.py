@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import tempfile
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -49,6 +51,21 @@ SECTION = """<section>
 </section>"""
 
 
+def make_folder(output: Path) -> None:
+    """Make the output folder, before the work whose result goes there.
+
+    Raises:
+        ValueError: If it is a file, or cannot be made or written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        msg = f"Nothing can be written to '{output}' ({error.strerror}): give another folder as --output."
+        raise ValueError(msg) from error
+
+
 def _rounded(value: Any) -> Any:
     """Six significant digits, so that the file stays small."""
     if isinstance(value, float):
@@ -74,17 +91,17 @@ def write_report(output: Path, title: str, summary: str, sections: Sequence[Sect
         Path of the page.
 
     Raises:
-        ValueError: If a number is NaN or infinite, or the output is a file.
+        ValueError: If a number is NaN or infinite, or the folder cannot be written to.
     """
-    if output.exists() and not output.is_dir():
-        msg = f"The output '{output}' is a file: give a folder to write the page and its figures into."
-        raise ValueError(msg)
     text = json.dumps(_rounded(numbers), allow_nan=False)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     parts = []
     for name, figure, heading, words in sections:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        with warnings.catch_warnings():
+            # A file name may hold letters that matplotlib's font lacks; they are drawn as boxes.
+            warnings.filterwarnings("ignore", message=r"Glyph \d+")
+            figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
         (output / f"{name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
         parts.append(SECTION.format(title=escape(heading), text=escape(words), data=data))
