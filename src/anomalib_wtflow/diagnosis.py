@@ -180,18 +180,16 @@ def diagnose_toy(output: str | Path = "results/diagnose-toy", seeds: int = 3, pr
         raise ValueError(msg)
     make_folder(Path(output))
     trainings = 3 + seeds * len(toy.TOY_COUPLINGS) * len(toy.DATA)
-    bar = iter(Progress(progress)(range(trainings + 1), "Training toy fields"))
+    bar = iter(Progress(progress)(range(trainings + 1), "Training toy fields, then measuring exact ones"))
     next(bar)
     numbers: dict[str, Any] = {
         "trajectories": toy.trajectories(progress=lambda: next(bar)),
         "well_and_escape": toy.well_and_escape(tuple(range(seeds)), progress=lambda: next(bar)),
-    }
-    next(bar, None)
-    numbers |= {
         "lipschitz": toy.lipschitz_growth(),
         "trivial_field": toy.trivial_field(),
         "centripetal": toy.centripetal_components(),
     }
+    next(bar, None)
     drawn = {
         "trajectories": figures.toy_trajectories(numbers["trajectories"]),
         "well_and_escape": figures.toy_well_and_escape(numbers["well_and_escape"]),
