@@ -1,0 +1,362 @@
+"""Ablation of WTFlow on cached features: one factor at a time, on both real sets, with the no-flow control beside each.
+
+Usage: python benchmarks/ablation.py FACTOR [FACTOR ...] [--seeds 0 1 2] [--output benchmarks/results/ablation.json]
+
+The backbone's layers are computed once a run; a field is trained on them as ``WTFlow`` does by default (AdamW,
+cosine), on the 80 % of the training images that WTFlow keeps, and scored with every start time. Pixel metrics are taken
+on every fourth pixel in each direction of the 256 x 256 map. One JSON line a setting; what is there already is not
+repeated. docs/ablation.md has the selection rule. ``--rank`` prints each factor's mean ranks.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.metrics.aupro import _AUPRO
+from lines import append, read
+from rich.progress import track
+from rows import data_module
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from anomalib_wtflow import WTFlow
+from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
+from anomalib_wtflow.coupling import get_coupling
+from anomalib_wtflow.feature_extractor import FeatureExtractor
+from anomalib_wtflow.field import get_field
+from anomalib_wtflow.loss import WTFlowLoss
+from anomalib_wtflow.normalization import NORMALIZATIONS, Whitening
+from anomalib_wtflow.path import ProbabilityPath
+from anomalib_wtflow.schedule import SCHEDULERS
+from anomalib_wtflow.solver import get_solver
+
+RESULTS = Path(__file__).parent / "results" / "ablation.json"
+SETS = ("mvtec_bottle", "magnetic_tile")
+STRIDES = {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
+METRICS = ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Max")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the ablation; the defaults are those that the earlier factors chose."""
+
+    strides: tuple[int, ...] = (8, 16)
+    side: int = 16
+    pool: int = 3
+    standardise: bool = False
+    normalization: str = "whitening"
+    ridge: float = 0.01
+    network: str = "pointwise"
+    width: int | None = None
+    depth: int | None = None
+    path: str = "linear"
+    coupling: str = "worst_of_two"
+    blocks: int = 1
+    epochs: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    scheduler: str = "cosine"
+    start_time: float | None = 0.3
+    steps: int = 1
+    anomaly_map: str = "absolute"
+    smoothing: float = 0.0
+    top_fraction: float = 0.03
+    seed: int = 0
+
+
+BASE = Setting()
+TIMES: tuple[float | None, ...] = (None, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""Start times; None is the no-flow control."""
+INFERENCE = ("start_time", "steps", "anomaly_map", "smoothing", "top_fraction")
+"""What does not need another training."""
+
+FACTORS: dict[str, list[dict[str, Any]]] = {
+    "layers": [
+        {"strides": (8, 16), "side": 16},
+        {"strides": (8, 16), "side": 32},
+        {"strides": (16,), "side": 16},
+        {"strides": (4, 8, 16), "side": 16},
+        {"strides": (4, 8, 16), "side": 32},
+        {"strides": (8, 16, 32), "side": 16},
+        {"strides": (4, 8, 16, 32), "side": 16},
+    ],
+    "pool": [{"pool": size} for size in (1, 3, 5)],
+    "normalization": [
+        {"normalization": "layer_norm"},
+        {"normalization": "channel"},
+        *({"ridge": ridge} for ridge in (0.001, 0.01, 0.1, 0.3)),
+        {"standardise": True},
+        {"standardise": True, "ridge": 0.1},
+    ],
+    "score": [
+        *({"top_fraction": share} for share in (0.001, 0.01, 0.03, 0.1)),
+        *({"smoothing": sigma} for sigma in (2.0, 4.0, 8.0)),
+        {"anomaly_map": "relative"},
+    ],
+    "coupling": [
+        {"coupling": name} for name in ("independent", "optimal", "worst", "worst_local", "worst_of_two", "antipodal")
+    ],
+    "path": [{"path": name} for name in ("linear", "gaussian", "variance_preserving")],
+    "network": [
+        {"width": 128},
+        {"width": 256},
+        {"width": 512},
+        {"width": 256, "depth": 1},
+        {"width": 256, "depth": 6},
+        {"network": "unet", "width": 32},
+    ],
+    "time": [{"blocks": 1}, {"blocks": 4}],
+    "training": [{"epochs": epochs, "learning_rate": rate} for epochs in (5, 10, 20, 40) for rate in (1e-3, 3e-3)],
+    "batch": [{"batch_size": size} for size in (8, 32)],
+}
+
+
+@dataclass
+class Images:
+    """Backbone maps by stride, labels and every fourth pixel of the masks."""
+
+    train: dict[int, Tensor]
+    test: dict[int, Tensor]
+    labels: Tensor
+    masks: Tensor
+
+
+def load(name: str) -> Images:
+    """Extract all layers of a data set, in float16."""
+    module = data_module(name)
+    module.prepare_data()
+    module.setup()
+    extractor = FeatureExtractor(layers=list(STRIDES.values()))
+    transform = WTFlow.configure_pre_processor().transform
+    order = torch.randperm(len(module.train_data), generator=torch.Generator().manual_seed(0)).tolist()
+    kept = sorted(order[round(0.2 * len(order)) :])
+
+    def maps(data: Any, indices: list[int]) -> tuple[dict[int, Tensor], list[bool], list[Tensor]]:
+        rows: list[list[Tensor]] = []
+        labels, masks = [], []
+        for index in track(indices, description=name, transient=True):
+            item = data[index]
+            mask = torch.zeros(item.image.shape[-2:]) if item.gt_mask is None else item.gt_mask.squeeze().float()
+            with torch.no_grad():
+                rows.append([m.half() for m in extractor.network(transform(item.image[None]))])
+            labels.append(bool(item.gt_label))
+            masks.append(F.interpolate(mask[None, None], (256, 256), mode="nearest")[0, 0, 2::4, 2::4] > 0.5)
+        layers = [torch.cat(layer) for layer in zip(*rows, strict=True)]
+        return dict(zip(STRIDES, layers, strict=True)), labels, masks
+
+    train, _, _ = maps(module.train_data, kept)
+    test, labels, masks = maps(module.test_data, list(range(len(module.test_data))))
+    return Images(train, test, torch.tensor(labels), torch.stack(masks))
+
+
+def features(maps: dict[int, Tensor], setting: Setting) -> Tensor:
+    """Pool, resize and stack the layers of a setting."""
+    layers = [F.avg_pool2d(maps[s].float(), setting.pool, 1, setting.pool // 2) for s in setting.strides]
+    size = (setting.side, setting.side)
+    x = torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in layers], dim=1)
+    if setting.standardise:
+        x = x - x.mean((2, 3), keepdim=True)
+        x = x / (x.std((2, 3), keepdim=True) + 0.1)
+    return x
+
+
+def normalise(train: Tensor, test: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Fit the normalisation on the training features, and apply it to both."""
+    module = NORMALIZATIONS[setting.normalization](train.shape[1])
+    if isinstance(module, Whitening):
+        module.ridge = setting.ridge
+        for batch in train.split(32):
+            module.update(batch)
+        module.finalize()
+    with torch.no_grad():
+        return torch.cat([module(b) for b in train.split(32)]), torch.cat([module(b) for b in test.split(32)])
+
+
+def split(x: Tensor, blocks: int) -> Tensor:
+    """Cut each map into ``blocks x blocks`` samples of their own, so that each draws its own time."""
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, blocks, h // blocks, blocks, w // blocks)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h // blocks, w // blocks)
+
+
+def train(x0: Tensor, setting: Setting) -> tuple[nn.Module, float]:
+    """Train a field as WTFlow does by default, epoch by epoch without the incomplete batch's loss of images."""
+    torch.manual_seed(setting.seed)
+    field = get_field(setting.network, x0.shape[1], setting.width, setting.depth)
+    path, coupling, loss = ProbabilityPath(setting.path), get_coupling(setting.coupling), WTFlowLoss()
+    optimizer = torch.optim.AdamW(field.parameters(), lr=setting.learning_rate, weight_decay=1e-2)
+    batches = -(-len(x0) // setting.batch_size)
+    schedule = SCHEDULERS[setting.scheduler](setting.epochs * batches)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    start = time.perf_counter()
+    field.train()
+    for _ in range(setting.epochs):
+        for batch in x0[torch.randperm(len(x0))].split(setting.batch_size):
+            points = split(batch, setting.blocks)
+            sample = path.sample(points, coupling(points, torch.randn_like(points)), torch.rand(len(points)))
+            optimizer.zero_grad()
+            loss(field(sample.x_t, sample.t), sample.velocity).backward()
+            optimizer.step()
+            scheduler.step()
+    return field.eval(), time.perf_counter() - start
+
+
+@torch.no_grad()
+def end_points(field: nn.Module, x0: Tensor, setting: Setting, start_time: float | None) -> Tensor:
+    """Where the flow carries the features; the features themselves without a flow."""
+    if start_time is None:
+        return x0
+    solver, path = get_solver("euler", setting.steps), ProbabilityPath(setting.path)
+    out = []
+    for batch in x0.split(64):
+        start = path.coefficients(torch.tensor(start_time)).a.item() * batch
+        out.append(batch + (solver.integrate(field, start, start_time, 1.0) - start) / (1 - start_time))
+    return torch.cat(out)
+
+
+def measure(y: Tensor, images: Images, setting: Setting) -> dict[str, float]:
+    """All six metrics."""
+    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction)
+    scores, maps = [], []
+    for batch in density_proxy(y).split(64):
+        anomaly_map, score = generator(batch, (256, 256))
+        if setting.smoothing:
+            kernel = 2 * int(4 * setting.smoothing + 0.5) + 1
+            anomaly_map = gaussian_blur(anomaly_map, [kernel, kernel], [setting.smoothing] * 2)
+            score = generator.score(anomaly_map)
+        scores.append(score)
+        maps.append(anomaly_map[:, 0, 2::4, 2::4].clone())
+    score, pixels = torch.cat(scores), torch.cat(maps)
+    aupro = _AUPRO(fpr_limit=0.3)
+    aupro.update(pixels, images.masks)
+    label, mask = images.labels.numpy(), images.masks.flatten().numpy()
+    flat = pixels.flatten().numpy()
+    values = (
+        roc_auc_score(label, score),
+        average_precision_score(label, score),
+        best_f1(label, score.numpy()),
+        roc_auc_score(mask, flat),
+        float(aupro.compute()),
+        best_f1(mask, flat),
+    )
+    return {name: round(float(value), 5) for name, value in zip(METRICS, values, strict=True)}
+
+
+def best_f1(label: np.ndarray, score: np.ndarray) -> float:
+    """Largest F1 of all thresholds."""
+    precision, recall, _ = precision_recall_curve(label, score)
+    return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
+
+
+def settings(factor: str, seeds: list[int]) -> list[Setting]:
+    """Return the settings of a factor, for all seeds."""
+    return [replace(BASE, **change, seed=seed) for change in FACTORS[factor] for seed in seeds]
+
+
+def key(data: str, setting: dict[str, Any]) -> str:
+    """Identity of a line."""
+    return json.dumps([data, setting], sort_keys=True)
+
+
+def mean_ranks(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean rank of each label over metrics and sets, after averaging over seeds; 1 is best."""
+    labels = list(dict.fromkeys(line["label"] for line in lines))
+    ranks = []
+    for data in SETS:
+        for metric in METRICS:
+            means = []
+            for label in labels:
+                values = [r["metrics"][metric] for r in lines if r["label"] == label and r["data"] == data]
+                means.append(np.mean(values) if values else np.nan)
+            if not np.isnan(means).any():
+                ranks.append(rankdata(-np.round(means, 5)))
+    return dict(zip(labels, np.mean(ranks, axis=0).tolist(), strict=True)) if ranks else {}
+
+
+def rankings(lines: list[dict[str, Any]]) -> str:
+    """Render each factor's mean ranks, best first; a setting is named by what differs within the factor."""
+    text = []
+    for factor in dict.fromkeys(line["factor"] for line in lines):
+        here = [line for line in lines if line["factor"] == factor]
+        values = {name: {json.dumps(line["setting"][name]) for line in here} for name in here[0]["setting"]}
+        differing = [name for name in values if len(values[name]) > 1 and name != "seed"]
+        for line in here:
+            line["label"] = ", ".join(f"{name}={json.dumps(line['setting'][name])}" for name in differing)
+        text.append(f"{factor}:")
+        text += [
+            f"  {rank:6.2f}  {label}" for label, rank in sorted(mean_ranks(here).items(), key=lambda item: item[1])
+        ]
+    return "\n".join(text)
+
+
+def main() -> int:
+    """Run the factors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("factors", nargs="*", metavar="FACTOR", help=", ".join(FACTORS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--base", type=json.loads, default={}, help="JSON: what the earlier factors chose")
+    parser.add_argument("--rank", action="store_true", help="print the mean ranks of what is in the output")
+    given = parser.parse_args()
+    if given.rank:
+        print(rankings(read(given.output)))
+        return 0
+    unknown = [factor for factor in given.factors if factor not in FACTORS]
+    if unknown or not given.factors:
+        parser.error(f"name at least one factor, out of {', '.join(FACTORS)}; got {unknown or 'none'}.")
+    global BASE
+    BASE = replace(BASE, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.base.items()})
+    done = {key(r["data"], r["setting"]) for r in read(given.output)}
+    loaded: dict[str, Images] = {}
+    for factor in given.factors:
+        for data in SETS:
+            trained: tuple[Any, ...] = ()
+            for setting in settings(factor, given.seeds):
+                wanted = [replace(setting, start_time=t) for t in TIMES]
+                wanted = [s for s in wanted if key(data, jsonable(s)) not in done]
+                if not wanted:
+                    continue
+                if data not in loaded:
+                    loaded[data] = load(data)
+                images = loaded[data]
+                training = replace(
+                    setting, **{f.name: getattr(BASE, f.name) for f in fields(Setting) if f.name in INFERENCE}
+                )
+                if not trained or trained[0] != training:
+                    x, y = normalise(features(images.train, setting), features(images.test, setting), setting)
+                    field, seconds = train(x, setting)
+                    trained = (training, field, y, seconds)
+                _, field, y, seconds = trained
+                for one in wanted:
+                    metrics = measure(end_points(field, y, one, one.start_time), images, one)
+                    parameters = sum(p.numel() for p in field.parameters())
+                    line = {
+                        "factor": factor,
+                        "data": data,
+                        "setting": jsonable(one),
+                        "metrics": metrics,
+                        "parameters": parameters,
+                        "seconds": round(seconds, 1),
+                    }
+                    append(given.output, line)
+                    done.add(key(data, jsonable(one)))
+                print(f"{factor}: {data}, {setting}", file=sys.stderr, flush=True)
+    return 0
+
+
+def jsonable(setting: Setting) -> dict[str, Any]:
+    """Return a setting as JSON gives it back."""
+    return json.loads(json.dumps(asdict(setting)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The benchmark's own arithmetic: it decides the figures that the README shows."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import ablation
+import accuracy
+import lines
+import rows
+
+
+class Doubling(nn.Module):
+    """A frozen network that counts the images that pass it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        self.seen = 0
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        self.seen += len(images)
+        return [self.weight * images, images.mean(1, keepdim=True)]
+
+
+def test_memo_runs_each_image_once_and_returns_the_same():
+    network, memo = Doubling(), rows.Memo()
+    images = torch.randn(5, 3, 4, 4)
+    expected = network(images)
+    network.seen = 0
+    memo.wrap(network)
+    for order in ([0, 1, 2], [4, 2, 3, 0], [1, 1]):
+        for out, whole in zip(network(images[order]), expected, strict=True):
+            assert torch.equal(out, whole[order])
+    assert network.seen == 5
+
+
+def test_memo_beyond_its_limit_runs_the_network():
+    network = Doubling()
+    rows.Memo(limit=0).wrap(network)
+    network(torch.ones(1, 3, 4, 4))
+    network(torch.ones(1, 3, 4, 4))
+    assert network.seen == 2
+
+
+def test_memo_does_not_mix_networks():
+    first, second, memo = Doubling(), Doubling(), rows.Memo()
+    second.weight.fill_(3.0)
+    memo.wrap(first)
+    memo.wrap(second)
+    image = torch.ones(1, 3, 4, 4)
+    assert first(image)[0].unique() == 2
+    assert second(image)[0].unique() == 3
+
+
+def test_squash_keeps_ranks_of_large_scores():
+    scores = torch.tensor([-500.0, -1.0, 0.0, 1e-3, 1.0, 40.0, 40.001, 5000.0])
+    batch = ImageBatch(
+        image=torch.zeros(8, 3, 2, 2), pred_score=scores, anomaly_map=scores[:, None, None].repeat(1, 2, 2)
+    )
+    rows.Squash(enable_normalization=False, enable_thresholding=False).post_process_batch(batch)
+    assert (batch.pred_score.diff() > 0).all()
+    assert batch.pred_score.min() > 0
+    assert batch.pred_score.max() < 1
+    assert torch.equal(batch.anomaly_map[:, 0, 0], batch.pred_score)
+
+
+def test_no_row_peeks_or_shares_a_name():
+    assert set(accuracy.QUICK) <= {(row, "mvtec_bottle", 0) for row in rows.ROWS}
+    for row in ("No flow", "WTFlow"):
+        model, _ = rows.build(row, "synthetic", None)
+        assert model.model.feature_extractor.network.feature_info.module_name() == list(rows.LAYERS)
+
+
+def test_no_flow_is_the_identity():
+    model, _ = rows.build("No flow", "synthetic", None)
+    x0 = torch.randn(1, model.model.feature_extractor.out_channels, 4, 4)
+    assert torch.equal(model.model.flow(x0), x0)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_unknown_data_set():
+    with pytest.raises(FileNotFoundError, match="no data set 'bottles'"):
+        rows.data_module("bottles")
+
+
+def test_results_survive_a_line_that_was_cut_short(tmp_path):
+    line = {"model": "WTFlow", "data": "x", "seed": 0, "settings": {}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line)[:20])
+    assert lines.read(path) == [line]
+    lines.append(path, line)
+    assert lines.read(path) == [line, line]
+
+
+def test_table_shows_mean_and_spread():
+    runs = [
+        {
+            "model": "WTFlow", "data": "d", "seed": seed, "settings": {}, "train_images": 1, "test_images": 2,
+            "metrics": dict.fromkeys(accuracy.METRICS, value), "parameters": 1_500_000, "fit_seconds": 10 + seed,
+        }
+        for seed, value in enumerate((0.90, 0.92))
+    ]  # fmt: skip
+    assert "| WTFlow | 2 | 0.9100 ± 0.0141 |" in accuracy.tables(runs)
+    assert "| 1.50 M | 10 s |" in accuracy.tables(runs)
+
+
+def test_best_f1_against_all_thresholds():
+    generator = np.random.default_rng(0)
+    label, score = generator.random(50) > 0.6, generator.random(50).round(1)
+    brute = max(2 * (label & (score >= t)).sum() / ((score >= t).sum() + label.sum()) for t in np.unique(score))
+    assert ablation.best_f1(label, score) == pytest.approx(brute)
+
+
+def test_blocks_cut_the_maps_without_losing_a_position():
+    x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
+    parts = ablation.split(x, 2)
+    assert parts.shape == (8, 3, 2, 2)
+    assert torch.equal(parts[1], x[0, :, :2, 2:])
+    assert torch.equal(parts[6], x[1, :, 2:, :2])
+
+
+def test_mean_ranks():
+    results = [
+        {"label": label, "data": data, "metrics": dict.fromkeys(ablation.METRICS, value)}
+        for data in ablation.SETS
+        for label, value in (("a", 0.9), ("b", 0.8), ("c", 0.9))
+    ]
+    assert ablation.mean_ranks(results) == {"a": 1.5, "b": 3.0, "c": 1.5}
