@@ -1,18 +1,22 @@
 """Ablation of WTFlow on cached features: one factor at a time, on both real sets, with the no-flow control beside each.
 
-Usage: python benchmarks/ablation.py FACTOR [FACTOR ...] [--seeds 0 1 2] [--output benchmarks/results/ablation.json]
+Usage:
+    python benchmarks/ablation.py                     all factors in the rule's order, each with the earlier winners
+    python benchmarks/ablation.py FACTOR [FACTOR ...] [--base JSON] [--seeds 0 1 2]
+    python benchmarks/ablation.py --rank              each factor's mean ranks, from the JSON
 
 The backbone's layers are computed once a run; a field is trained on them as ``WTFlow`` does by default (AdamW,
-cosine), on the 80 % of the training images that WTFlow keeps, and scored with every start time. Pixel metrics are taken
-on every fourth pixel in each direction of the 256 x 256 map. One JSON line a setting; what is there already is not
-repeated. docs/ablation.md has the selection rule. ``--rank`` prints each factor's mean ranks.
+cosine), on the 80 % of the training images that WTFlow keeps, and scored from several start times; without a start
+time it is the no-flow control. A factor is ranked at the base's start time. Pixel metrics are taken on every fourth
+pixel in each direction of the 256 x 256 map. One JSON line a setting; what is there already is not repeated.
+docs/ablation.md has the selection rule.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +77,26 @@ class Setting:
     seed: int = 0
 
 
-BASE = Setting()
-TIMES: tuple[float | None, ...] = (None, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-"""Start times; None is the no-flow control."""
+START = Setting(learning_rate=3e-3, start_time=0.4)
+"""Where the search begins: 1e-3 and 20 epochs were known to train too little to tell the flow from no flow."""
+TIMES = (0.3, 0.4, 0.5)
+"""Start times that every trained field is scored from, besides the base's."""
 INFERENCE = ("start_time", "steps", "anomaly_map", "smoothing", "top_fraction")
 """What does not need another training."""
+FEATURES = (
+    "strides",
+    "side",
+    "pool",
+    "standardise",
+    "normalization",
+    "ridge",
+    "anomaly_map",
+    "smoothing",
+    "top_fraction",
+)
+"""What the no-flow control depends on."""
+TIE = 0.25
+MOST_PARAMETERS, MOST_SECONDS = 5_000_000, 300
 
 FACTORS: dict[str, list[dict[str, Any]]] = {
     "layers": [
@@ -93,8 +112,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "normalization": [
         {"normalization": "layer_norm"},
         {"normalization": "channel"},
-        *({"ridge": ridge} for ridge in (0.001, 0.01, 0.1, 0.3)),
-        {"standardise": True},
+        *({"ridge": ridge} for ridge in (0.01, 0.03, 0.1, 0.3)),
         {"standardise": True, "ridge": 0.1},
     ],
     "score": [
@@ -110,13 +128,32 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"width": 128},
         {"width": 256},
         {"width": 512},
-        {"width": 256, "depth": 1},
         {"width": 256, "depth": 6},
         {"network": "unet", "width": 32},
     ],
     "time": [{"blocks": 1}, {"blocks": 4}],
-    "training": [{"epochs": epochs, "learning_rate": rate} for epochs in (5, 10, 20, 40) for rate in (1e-3, 3e-3)],
-    "batch": [{"batch_size": size} for size in (8, 32)],
+    "start": [
+        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),
+        *({"steps": steps} for steps in (2, 4)),
+    ],
+    "training": [
+        *({"epochs": epochs, "learning_rate": 3e-3} for epochs in (10, 20, 40)),
+        {"epochs": 20, "learning_rate": 1e-3},
+        {"scheduler": "step"},
+    ],
+    "batch": [{"batch_size": size} for size in (8, 16, 32)],
+    # interactions: the finer and coarser layers bring weak directions, which the ridge holds down
+    "layers and ridge": [
+        {},
+        *(
+            {"strides": strides, "side": side, "ridge": ridge}
+            for strides, side in (((8, 16), 16), ((8, 16), 32), ((4, 8, 16), 16), ((4, 8, 16), 32), ((8, 16, 32), 16))
+            for ridge in (0.1, 0.3)
+        ),
+    ],
+    "start and training": [
+        {"start_time": time, "epochs": epochs} for time in (0.3, 0.4, 0.5, 0.6) for epochs in (20, 40)
+    ],
 }
 
 
@@ -257,14 +294,33 @@ def best_f1(label: np.ndarray, score: np.ndarray) -> float:
     return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
 
 
-def settings(factor: str, seeds: list[int]) -> list[Setting]:
+def settings(factor: str, base: Setting, seeds: list[int]) -> list[Setting]:
     """Return the settings of a factor, for all seeds."""
-    return [replace(BASE, **change, seed=seed) for change in FACTORS[factor] for seed in seeds]
+    return [replace(base, **change, seed=seed) for change in FACTORS[factor] for seed in seeds]
+
+
+def times(factor: str, setting: Setting) -> list[float | None]:
+    """Return the start times that a setting is scored from; None is the no-flow control, where it can differ."""
+    if any("start_time" in change or "steps" in change for change in FACTORS[factor]):
+        return [setting.start_time]
+    control = [None] if any(name in FEATURES for change in FACTORS[factor] for name in change) else []
+    return [*control, *sorted({*TIMES, setting.start_time})]
 
 
 def key(data: str, setting: dict[str, Any]) -> str:
-    """Identity of a line."""
+    """Identity of a measurement."""
     return json.dumps([data, setting], sort_keys=True)
+
+
+def differing(lines: list[dict[str, Any]]) -> list[str]:
+    """Name what differs between the settings of some lines, seeds aside."""
+    values = {name: {json.dumps(line["setting"][name]) for line in lines} for name in lines[0]["setting"]}
+    return [name for name in values if len(values[name]) > 1 and name != "seed"]
+
+
+def label(setting: dict[str, Any], names: list[str]) -> str:
+    """Name a setting by what differs."""
+    return ", ".join(f"{name}={json.dumps(setting[name])}" for name in names)
 
 
 def mean_ranks(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -274,28 +330,124 @@ def mean_ranks(lines: list[dict[str, Any]]) -> dict[str, float]:
     for data in SETS:
         for metric in METRICS:
             means = []
-            for label in labels:
-                values = [r["metrics"][metric] for r in lines if r["label"] == label and r["data"] == data]
+            for name in labels:
+                values = [r["metrics"][metric] for r in lines if r["label"] == name and r["data"] == data]
                 means.append(np.mean(values) if values else np.nan)
             if not np.isnan(means).any():
                 ranks.append(rankdata(-np.round(means, 5)))
     return dict(zip(labels, np.mean(ranks, axis=0).tolist(), strict=True)) if ranks else {}
 
 
+def winner(lines: list[dict[str, Any]], base: Setting) -> Setting:
+    """Apply docs/ablation.md's rule to the lines of one factor."""
+    ranks = mean_ranks(lines)
+    allowed = {}
+    for line in lines:
+        if line["parameters"] <= MOST_PARAMETERS and line["seconds"] <= MOST_SECONDS:
+            allowed[line["label"]] = line
+        else:
+            ranks.pop(line["label"], None)
+    best = min(ranks.values())
+
+    def order(name: str) -> tuple[float, ...]:
+        setting, parameters = allowed[name]["setting"], allowed[name]["parameters"]
+        changes = sum(setting[k] != v for k, v in jsonable(base).items())
+        return parameters, parameters * setting["side"] ** 2 * setting["steps"] * setting["epochs"], changes
+
+    chosen = allowed[min((name for name, rank in ranks.items() if rank < best + TIE), key=order)]["setting"]
+    return Setting(**{**chosen, "strides": tuple(chosen["strides"])})
+
+
+def of_factor(lines: list[dict[str, Any]], factor: str, base: Setting) -> list[dict[str, Any]]:
+    """Return a factor's lines that are ranked, with their labels: those at the start time of their setting."""
+    own = {key(data, jsonable(s)) for data in SETS for s in settings(factor, base, [0, 1, 2])}
+    here = [line for line in lines if line["factor"] == factor and key(line["data"], line["setting"]) in own]
+    names = differing(here)
+    return [{**line, "label": label(line["setting"], names)} for line in here]
+
+
 def rankings(lines: list[dict[str, Any]]) -> str:
     """Render each factor's mean ranks, best first; a setting is named by what differs within the factor."""
     text = []
     for factor in dict.fromkeys(line["factor"] for line in lines):
-        here = [line for line in lines if line["factor"] == factor]
-        values = {name: {json.dumps(line["setting"][name]) for line in here} for name in here[0]["setting"]}
-        differing = [name for name in values if len(values[name]) > 1 and name != "seed"]
-        for line in here:
-            line["label"] = ", ".join(f"{name}={json.dumps(line['setting'][name])}" for name in differing)
+        base = next(line["base"] for line in lines if line["factor"] == factor)
+        here = of_factor(lines, factor, Setting(**{**base, "strides": tuple(base["strides"])}))
         text.append(f"{factor}:")
-        text += [
-            f"  {rank:6.2f}  {label}" for label, rank in sorted(mean_ranks(here).items(), key=lambda item: item[1])
-        ]
+        for name, rank in sorted(mean_ranks(here).items(), key=lambda item: item[1]):
+            figures = []
+            for data in SETS:
+                ours = [line["metrics"] for line in here if line["label"] == name and line["data"] == data]
+                figures.append(" ".join(f"{np.mean([m[k] for m in ours]):.4f}" for k in METRICS))
+            text.append(f"  {rank:6.2f}  {' | '.join(figures)}  {name}")
     return "\n".join(text)
+
+
+class Ablation:
+    """Measures what is missing of a factor.
+
+    Args:
+        output: Where the JSON lines are and go.
+        cache: Folder that keeps the backbone's maps between runs, or None.
+    """
+
+    def __init__(self, output: Path, cache: Path | None = None) -> None:
+        self.output, self.cache = output, cache
+        self.loaded: dict[str, Images] = {}
+        self.trained: tuple[Any, ...] = ()
+
+    def images(self, data: str) -> Images:
+        """Return a data set's maps, from memory, the cache or the backbone."""
+        if data not in self.loaded:
+            file = self.cache / f"{data}.pt" if self.cache else None
+            if file and file.is_file():
+                self.loaded[data] = torch.load(file, weights_only=False)
+            else:
+                self.loaded[data] = load(data)
+                if file:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    torch.save(self.loaded[data], file)
+        return self.loaded[data]
+
+    def field(self, data: str, setting: Setting) -> tuple[nn.Module, Tensor, float]:
+        """Return the trained field, the test set's features and the seconds of training; the last one is kept."""
+        training = (data, replace(setting, **{name: getattr(START, name) for name in INFERENCE}))
+        if not self.trained or self.trained[0] != training:
+            images = self.images(data)
+            x, y = normalise(features(images.train, setting), features(images.test, setting), setting)
+            field, seconds = train(x, setting)
+            self.trained = (training, field, y, seconds)
+        return self.trained[1:]
+
+    def run(self, factor: str, base: Setting, seeds: list[int]) -> list[dict[str, Any]]:
+        """Measure a factor around ``base``, and return its ranked lines."""
+        lines = read(self.output)
+        known = {key(line["data"], line["setting"]): line for line in lines}
+        done = {(line["factor"], key(line["data"], line["setting"])) for line in lines}
+        for data in SETS:
+            for setting in settings(factor, base, seeds):
+                for start_time in times(factor, setting):
+                    one = replace(setting, start_time=start_time)
+                    name = key(data, jsonable(one))
+                    if (factor, name) in done:
+                        continue
+                    line = known[name] if name in known else self.line(data, one)
+                    line = {**line, "factor": factor, "base": jsonable(base)}
+                    append(self.output, line)
+                    known[name] = line
+                    done.add((factor, name))
+                print(f"{time.strftime('%H:%M:%S')} {factor}: {data}, {setting}", file=sys.stderr, flush=True)
+        return of_factor(read(self.output), factor, base)
+
+    def line(self, data: str, setting: Setting) -> dict[str, Any]:
+        """Measure one setting on one data set."""
+        field, features, seconds = self.field(data, setting)
+        return {
+            "data": data,
+            "setting": jsonable(setting),
+            "metrics": measure(end_points(field, features, setting, setting.start_time), self.images(data), setting),
+            "parameters": sum(p.numel() for p in field.parameters()),
+            "seconds": round(seconds, 1),
+        }
 
 
 def main() -> int:
@@ -304,52 +456,23 @@ def main() -> int:
     parser.add_argument("factors", nargs="*", metavar="FACTOR", help=", ".join(FACTORS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--base", type=json.loads, default={}, help="JSON: what the earlier factors chose")
+    parser.add_argument("--base", type=json.loads, default={}, help="JSON: what differs from the start of the search")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the backbone's maps from run to run")
     parser.add_argument("--rank", action="store_true", help="print the mean ranks of what is in the output")
     given = parser.parse_args()
     if given.rank:
         print(rankings(read(given.output)))
         return 0
     unknown = [factor for factor in given.factors if factor not in FACTORS]
-    if unknown or not given.factors:
-        parser.error(f"name at least one factor, out of {', '.join(FACTORS)}; got {unknown or 'none'}.")
-    global BASE
-    BASE = replace(BASE, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.base.items()})
-    done = {key(r["data"], r["setting"]) for r in read(given.output)}
-    loaded: dict[str, Images] = {}
-    for factor in given.factors:
-        for data in SETS:
-            trained: tuple[Any, ...] = ()
-            for setting in settings(factor, given.seeds):
-                wanted = [replace(setting, start_time=t) for t in TIMES]
-                wanted = [s for s in wanted if key(data, jsonable(s)) not in done]
-                if not wanted:
-                    continue
-                if data not in loaded:
-                    loaded[data] = load(data)
-                images = loaded[data]
-                training = replace(
-                    setting, **{f.name: getattr(BASE, f.name) for f in fields(Setting) if f.name in INFERENCE}
-                )
-                if not trained or trained[0] != training:
-                    x, y = normalise(features(images.train, setting), features(images.test, setting), setting)
-                    field, seconds = train(x, setting)
-                    trained = (training, field, y, seconds)
-                _, field, y, seconds = trained
-                for one in wanted:
-                    metrics = measure(end_points(field, y, one, one.start_time), images, one)
-                    parameters = sum(p.numel() for p in field.parameters())
-                    line = {
-                        "factor": factor,
-                        "data": data,
-                        "setting": jsonable(one),
-                        "metrics": metrics,
-                        "parameters": parameters,
-                        "seconds": round(seconds, 1),
-                    }
-                    append(given.output, line)
-                    done.add(key(data, jsonable(one)))
-                print(f"{factor}: {data}, {setting}", file=sys.stderr, flush=True)
+    if unknown:
+        parser.error(f"unknown factor {', '.join(unknown)}: choose from {', '.join(FACTORS)}.")
+    base = replace(START, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.base.items()})
+    ablation = Ablation(given.output, given.cache)
+    for factor in given.factors or FACTORS:
+        lines = ablation.run(factor, base, given.seeds)
+        if not given.factors:
+            base = winner(lines, base)
+            print(f"{factor}: {base}", flush=True)
     return 0
 
 

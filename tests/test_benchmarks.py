@@ -2,18 +2,21 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablation
 import accuracy
+import contribution
 import lines
 import rows
 
@@ -135,3 +138,64 @@ def test_mean_ranks():
         for label, value in (("a", 0.9), ("b", 0.8), ("c", 0.9))
     ]
     assert ablation.mean_ranks(results) == {"a": 1.5, "b": 3.0, "c": 1.5}
+
+
+def measured(setting, rank, parameters=1000, seconds=10.0):
+    return [
+        {
+            "label": str(setting), "data": data, "setting": ablation.jsonable(setting), "parameters": parameters,
+            "metrics": dict.fromkeys(ablation.METRICS, 1 - 0.1 * rank), "seconds": seconds,
+        }
+        for data in ablation.SETS
+    ]  # fmt: skip
+
+
+def test_the_rule_takes_the_best_rank_within_the_bounds():
+    base = ablation.START
+    wide, slow, unet = replace(base, width=512), replace(base, epochs=500), replace(base, network="unet")
+    results = (
+        measured(base, 3) + measured(wide, 2, 2000) + measured(slow, 1, seconds=301) + measured(unet, 0, 6_000_000)
+    )
+    assert ablation.winner(results, base) == wide
+
+
+def test_the_rule_breaks_ties_by_parameters_then_computation_then_the_base():
+    base = ablation.START
+    small, long, fine = replace(base, width=128), replace(base, epochs=40), replace(base, side=32)
+    assert ablation.winner(measured(base, 1, 2000) + measured(small, 1, 1000), base) == small
+    assert ablation.winner(measured(long, 1) + measured(fine, 1) + measured(base, 1), base) == base
+    other = replace(base, coupling="optimal")
+    assert ablation.winner(measured(other, 1) + measured(base, 1), base) == base
+
+
+def test_a_factor_is_ranked_at_its_own_start_time():
+    base = ablation.START
+    lines = [
+        {**line, "factor": "time"}
+        for blocks in (1, 4)
+        for start_time in (None, 0.3, 0.4)
+        for line in measured(replace(base, blocks=blocks, start_time=start_time), blocks)
+    ]
+    ranked = ablation.of_factor(lines, "time", base)
+    assert {line["label"] for line in ranked} == {"blocks=1", "blocks=4"}
+    assert {line["setting"]["start_time"] for line in ranked} == {base.start_time}
+    assert ablation.times("time", base) == [0.3, 0.4, 0.5]
+    assert ablation.times("pool", base) == [None, 0.3, 0.4, 0.5]
+    assert ablation.times("start", replace(base, start_time=0.7)) == [0.7]
+
+
+def test_weighted_aurocs_against_sklearn():
+    generator = np.random.default_rng(0)
+    label = generator.random(30) > 0.5
+    pixels = torch.from_numpy(generator.integers(0, 50, size=(30, 4, 4)).astype(float))
+    masks = torch.from_numpy((generator.random((30, 4, 4)) > 0.6) & label[:, None, None])
+    score = pixels.amax((1, 2)).numpy()
+    weight = contribution.draws(label, generator)[[0, 1, 7]]
+    assert (weight[:, label].sum(1) == label.sum()).all()
+    assert (weight[:, ~label].sum(1) == (~label).sum()).all()
+    images = contribution.image_auroc(score, label, weight)
+    flat = contribution.pixel_auroc(contribution.histograms(pixels, masks), weight)
+    for row, w in enumerate(weight):
+        assert images[row] == pytest.approx(roc_auc_score(label, score, sample_weight=w))
+        expected = roc_auc_score(masks.flatten(), pixels.flatten(), sample_weight=w.repeat(16))
+        assert flat[row] == pytest.approx(expected)
