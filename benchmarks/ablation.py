@@ -30,7 +30,6 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
@@ -141,19 +140,20 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"epochs": 20, "learning_rate": 1e-3},
         {"scheduler": "step"},
     ],
-    "batch": [{"batch_size": size} for size in (8, 16, 32)],
-    # interactions: the finer and coarser layers bring weak directions, which the ridge holds down
-    "layers and ridge": [
+    "batch": [{"batch_size": size} for size in (16, 32)],
+    # interactions: finer and coarser layers bring weak directions, which the ridge, or no rotation, holds down
+    "layers and normalization": [
         {},
-        *(
-            {"strides": strides, "side": side, "ridge": ridge}
-            for strides, side in (((8, 16), 16), ((8, 16), 32), ((4, 8, 16), 16), ((4, 8, 16), 32), ((8, 16, 32), 16))
-            for ridge in (0.1, 0.3)
-        ),
+        {"strides": (8, 16), "normalization": "channel"},
+        {"strides": (8, 16), "normalization": "whitening", "ridge": 0.1},
+        {"strides": (8, 16), "normalization": "whitening", "ridge": 0.3},
+        {"strides": (4, 8, 16), "normalization": "channel"},
+        {"strides": (4, 8, 16), "normalization": "whitening", "ridge": 0.3},
+        {"strides": (8, 16, 32), "normalization": "channel"},
+        {"strides": (8, 16), "side": 32, "normalization": "channel", "epochs": 10},
     ],
-    "start and training": [
-        {"start_time": time, "epochs": epochs} for time in (0.3, 0.4, 0.5, 0.6) for epochs in (20, 40)
-    ],
+    "start and layers": [{"start_time": time} for time in (0.1, 0.2, 0.3, 0.4, 0.5)],
+    "smoothing and layers": [{"smoothing": sigma} for sigma in (0.0, 4.0, 8.0)],
 }
 
 
@@ -262,14 +262,10 @@ def end_points(field: nn.Module, x0: Tensor, setting: Setting, start_time: float
 
 def measure(y: Tensor, images: Images, setting: Setting) -> dict[str, float]:
     """All six metrics."""
-    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction)
+    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction, setting.smoothing)
     scores, maps = [], []
     for batch in density_proxy(y).split(64):
         anomaly_map, score = generator(batch, (256, 256))
-        if setting.smoothing:
-            kernel = 2 * int(4 * setting.smoothing + 0.5) + 1
-            anomaly_map = gaussian_blur(anomaly_map, [kernel, kernel], [setting.smoothing] * 2)
-            score = generator.score(anomaly_map)
         scores.append(score)
         maps.append(anomaly_map[:, 0, 2::4, 2::4].clone())
     score, pixels = torch.cat(scores), torch.cat(maps)

@@ -25,7 +25,7 @@ from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
 
 RESULTS = Path(__file__).parent / "results" / "contribution.json"
 DATA = ("mvtec_bottle", "magnetic_tile", "synthetic")
-COUPLINGS = ("independent", "worst_of_two", "optimal")
+COUPLINGS = ("independent", "worst_of_two", "worst")
 NO_FLOW = "no flow"
 BINS = 1024
 DRAWS = 2000
@@ -73,7 +73,7 @@ def variant(ablation: Ablation, data: str, setting: Setting) -> tuple[dict[str, 
     images: Images = ablation.images(data)
     field, features, _ = ablation.field(data, setting)
     y = end_points(field, features, setting, setting.start_time)
-    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction)
+    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction, setting.smoothing)
     scores, pixels = [], []
     for batch in density_proxy(y).split(64):
         anomaly_map, score = generator(batch, (256, 256))
@@ -139,7 +139,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         for a, b in dict.fromkeys((d["of"], d["to"]) for d in line["differences"]):
             ours = [d for d in line["differences"] if (d["of"], d["to"]) == (a, b)]
             cells = [f"{d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" for d in ours]
-            text.append(f"| {a} − {b} | {' | '.join(cells)} |")
+            text.append(f"| {a} less {b} | {' | '.join(cells)} |")
         text.append("")
     return "\n".join(text)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.models.image.fastflow.anomaly_map import AnomalyMapGenerator as FastflowMap
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, MapName, density_proxy
 
@@ -46,6 +47,25 @@ def test_score_is_the_mean_of_the_largest(fraction: float, count: int) -> None:
     np.testing.assert_allclose(score.numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", get_args(MapName))
+def test_smoothing_against_torchvision(kind: str) -> None:
+    log_density = -torch.rand(2, 1, 5, 6) * 4
+    plain, _ = AnomalyMapGenerator(kind)(log_density, (40, 48))
+    generator = AnomalyMapGenerator(kind, sigma=2.0)
+    smooth, score = generator(log_density, (40, 48))
+    expected = gaussian_blur(plain, [17, 17], [2.0, 2.0])
+    torch.testing.assert_close(smooth, expected)
+    torch.testing.assert_close(score, generator.score(expected))
+
+
+def test_smoothing_needs_room() -> None:
+    with pytest.raises(
+        ValueError, match=r"Images of 32x64 pixels are too small to smooth with sigma=8.0, .* 32 pixels"
+    ):
+        AnomalyMapGenerator(sigma=8.0)(torch.zeros(1, 1, 2, 4), (32, 64))
+    assert AnomalyMapGenerator(sigma=8.0)(torch.zeros(1, 1, 3, 4), (33, 64))[0].shape == (1, 1, 33, 64)
+
+
 def test_a_broken_pixel_breaks_the_score() -> None:
     pixels = torch.rand(3, 1, 8, 8)
     pixels[1, 0, 2, 2] = float("nan")
@@ -58,3 +78,6 @@ def test_bad_arguments() -> None:
     for fraction in (0, 1.5):
         with pytest.raises(ValueError, match=f"top_fraction is {fraction}"):
             AnomalyMapGenerator(top_fraction=fraction)
+    for sigma in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"sigma is {sigma}"):
+            AnomalyMapGenerator(sigma=sigma)

@@ -129,11 +129,18 @@ def test_nan_is_anomalous(exported: SimpleNamespace, images: list[Path], tmp_pat
 
 @pytest.mark.parametrize("network", ["pointwise", "unet"])
 def test_other_choices_export(network: str, tmp_path: Path) -> None:
-    """Every solver, several steps, both maps: a graph of a model that was fitted on noise agrees with torch."""
+    """Every solver, several steps, both maps, smoothing: a graph of a model that was fitted on noise agrees with torch."""
     from anomalib_wtflow import WTFlow
 
     model = WTFlow(
-        network=network, width=16, image_size=(96, 80), solver="rk4", steps=2, anomaly_map="relative", merge="finest"
+        network=network,
+        width=16,
+        image_size=(96, 80),
+        solver="rk4",
+        steps=2,
+        anomaly_map="relative",
+        merge="finest",
+        sigma=8.0,
     ).eval()
     model.model.normalization.update(model.model.extract(torch.randn(4, 3, 96, 80)))
     model.model.normalization.finalize()

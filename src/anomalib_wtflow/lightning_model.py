@@ -43,7 +43,7 @@ from anomalib_wtflow.torch_model import WTFlowModel
 class WTFlow(EpochDefault, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
-    The first 19 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
+    The first 20 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
     (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
 
     Args:
@@ -68,6 +68,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         start_time: Time in [0, 1) at which inference enters the flow.
         anomaly_map: ``absolute`` or ``relative``.
         top_fraction: Share of the map that makes the image score, in (0, 1].
+        sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
         image_size: Side, or height and width, that images are resized to; None for the backbone's own.
         false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous. The threshold is the
             split-conformal quantile of normal images that the field was not trained on; None for anomalib's adaptive
@@ -116,6 +117,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         start_time: float = 0.3,
         anomaly_map: MapName = "absolute",
         top_fraction: float = 0.03,
+        sigma: float = 0.0,
         image_size: int | tuple[int, int] | None = None,
         false_alarm_rate: float | None = 0.05,
         calibration_ratio: float = 0.2,
@@ -177,6 +179,7 @@ class WTFlow(EpochDefault, AnomalibModule):
                 start_time=start_time,
                 anomaly_map=anomaly_map,
                 top_fraction=top_fraction,
+                sigma=sigma,
             )
             self.loss = WTFlowLoss()
 

@@ -47,6 +47,7 @@ class WTFlowModel(nn.Module):
             (ours).
         anomaly_map: ``absolute`` or ``relative``.
         top_fraction: Share of the map that makes the image score.
+        sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
 
     Raises:
         ValueError: If a name is unknown or a number is out of range; the message lists what is valid.
@@ -74,6 +75,7 @@ class WTFlowModel(nn.Module):
         start_time: float = 0.3,
         anomaly_map: str = "absolute",
         top_fraction: float = 0.03,
+        sigma: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 <= start_time < 1:
@@ -83,7 +85,7 @@ class WTFlowModel(nn.Module):
         self.coupling = get_coupling(coupling)
         self.solver = get_solver(solver, steps)
         self.start_time = start_time
-        self.anomaly_map_generator = AnomalyMapGenerator(anomaly_map, top_fraction)
+        self.anomaly_map_generator = AnomalyMapGenerator(anomaly_map, top_fraction, sigma)
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, weights, pool_size, pool_stride, merge)
         channels = self.feature_extractor.out_channels
         self.normalization = get_normalization(normalization, channels)
