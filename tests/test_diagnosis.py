@@ -15,8 +15,9 @@ from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, diagnose, diagnose_toy
 from anomalib_wtflow.cli import main
-from anomalib_wtflow.diagnosis import ScoredImage, _items, load_model, worst_first
+from anomalib_wtflow.diagnosis import ScoredImage, _items, load_model, predicted_component, worst_first
 from anomalib_wtflow.diagnosis_data import data_sets
+from anomalib_wtflow.path import ProbabilityPath
 from conftest import quiet_engine
 
 FIGURES = ("radius", "centripetal", "field", "histograms", "gallery")
@@ -72,6 +73,14 @@ def test_scores_are_those_of_the_engine(page: Path, trained: SimpleNamespace) ->
     for level in ("image", "pixel"):
         for kind in ("normal", "anomalous"):
             assert sum(numbers[f"{level}_histogram"][kind]) == pytest.approx(1, abs=1e-4)
+
+
+def test_predicted_component() -> None:
+    assert predicted_component(ProbabilityPath("linear"), 0.5, 2.0) == pytest.approx(-1.25)
+    angle = np.arcsin(0.1)
+    speed = np.pi / 2 - angle
+    expected = -speed * (np.tan(angle) + np.cos(angle) * 0.25)
+    assert predicted_component(ProbabilityPath("variance_preserving", 0.1), 0.5, 2.0) == pytest.approx(expected)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_nan_is_anomalous(exported: SimpleNamespace, images: list[Path], tmp_pat
 
 @pytest.mark.parametrize("network", ["pointwise", "unet"])
 def test_other_choices_export(network: str, tmp_path: Path) -> None:
-    """Every solver, several steps, both maps, smoothing: a graph of a model that was fitted on noise agrees with torch."""
+    """Every solver, steps, both maps, smoothing: a graph of a model that was fitted on noise agrees with torch."""
     from anomalib_wtflow import WTFlow
 
     model = WTFlow(

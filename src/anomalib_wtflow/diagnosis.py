@@ -23,6 +23,7 @@ from anomalib_wtflow.fit import fit_field
 from anomalib_wtflow.image_check import raise_for_unreadable
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.log_density import log_density as log_density_along_flow
+from anomalib_wtflow.path import ProbabilityPath
 from anomalib_wtflow.report import make_folder, write_report
 from anomalib_wtflow.solver import Solver
 
@@ -441,7 +442,7 @@ def flow_numbers(
             }
             if kind == "normal" and name in start:
                 middle = result["ode"][name][kind]["radius"]["median"][0]
-                result["predicted_start"][name] = -1 - start[name] / middle
+                result["predicted_start"][name] = predicted_component(model.model.path, start[name], middle)
             if name == model.coupling:
                 y = model.model.flow(x0)
                 steps = torch.linspace(0, 1, 21)
@@ -451,6 +452,18 @@ def flow_numbers(
                 }
                 result["positions"][kind] = int(chosen.sum())
     return result
+
+
+def predicted_component(path: ProbabilityPath, strength: float, radius: float) -> float:
+    """Component along x of the exact field at t = 0: ``a'_0 / a_0 - s'_0 c / r`` (ours).
+
+    Args:
+        path: The probability path; on the linear one this is ``-1 - c / r``.
+        strength: c, minus the mean component of the coupled noise along the data, in units of sqrt(C).
+        radius: r, the data's norm in the same units.
+    """
+    at = path.coefficients(torch.tensor(0.0))
+    return float(at.da / at.a - at.ds * strength / radius)
 
 
 def field_numbers(
