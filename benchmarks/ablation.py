@@ -3,7 +3,7 @@
 Usage:
     python benchmarks/ablation.py                     all factors in the rule's order, each with the earlier winners
     python benchmarks/ablation.py FACTOR [FACTOR ...] [--base JSON] [--seeds 0 1 2]
-    python benchmarks/ablation.py --rank              each factor's mean ranks, from the JSON
+    python benchmarks/ablation.py --rank              each factor's mean ranks as Markdown, from the JSON
 
 The backbone's layers are computed once a run; a field is trained on them as ``WTFlow`` does by default (AdamW,
 cosine), on the 80 % of the training images that WTFlow keeps, and scored from several start times; without a start
@@ -45,6 +45,8 @@ from anomalib_wtflow.solver import get_solver
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 SETS = ("mvtec_bottle", "magnetic_tile")
 STRIDES = {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
+SHOWN = (0, 3, 4)
+"""Which of the metrics a table shows."""
 METRICS = ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Max")
 
 
@@ -154,6 +156,15 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "start and layers": [{"start_time": time} for time in (0.1, 0.2, 0.3, 0.4, 0.5)],
     "smoothing and layers": [{"smoothing": sigma} for sigma in (0.0, 4.0, 8.0)],
+    # once more, around what the first pass chose
+    "layers again": [
+        {},
+        {"strides": (8, 16)},
+        {"strides": (4, 8, 16)},
+        {"strides": (4, 8, 16), "normalization": "whitening", "ridge": 0.3},
+    ],
+    "start again": [{"start_time": time} for time in (0.1, 0.2, 0.3, 0.4, 0.5)],
+    "coupling again": [{"coupling": name} for name in ("independent", "worst", "worst_of_two")],
 }
 
 
@@ -348,7 +359,8 @@ def winner(lines: list[dict[str, Any]], base: Setting) -> Setting:
     def order(name: str) -> tuple[float, ...]:
         setting, parameters = allowed[name]["setting"], allowed[name]["parameters"]
         changes = sum(setting[k] != v for k, v in jsonable(base).items())
-        return parameters, parameters * setting["side"] ** 2 * setting["steps"] * setting["epochs"], changes
+        flow = parameters * setting["side"] ** 2 * setting["steps"] * setting["epochs"]
+        return parameters, flow, setting["smoothing"], changes
 
     chosen = allowed[min((name for name, rank in ranks.items() if rank < best + TIE), key=order)]["setting"]
     return Setting(**{**chosen, "strides": tuple(chosen["strides"])})
@@ -363,18 +375,25 @@ def of_factor(lines: list[dict[str, Any]], factor: str, base: Setting) -> list[d
 
 
 def rankings(lines: list[dict[str, Any]]) -> str:
-    """Render each factor's mean ranks, best first; a setting is named by what differs within the factor."""
+    """Render a Markdown table a factor, best first; a setting is named by what differs within the factor."""
     text = []
     for factor in dict.fromkeys(line["factor"] for line in lines):
         base = next(line["base"] for line in lines if line["factor"] == factor)
         here = of_factor(lines, factor, Setting(**{**base, "strides": tuple(base["strides"])}))
-        text.append(f"{factor}:")
+        titles = " | ".join(f"{data.split('_')[1]} {METRICS[k].replace('_', ' ')}" for data in SETS for k in SHOWN)
+        text += [
+            f"**{factor}**",
+            "",
+            f"| setting | mean rank | {titles} |",
+            "|---" * (2 + len(SETS) * len(SHOWN)) + "|",
+        ]
         for name, rank in sorted(mean_ranks(here).items(), key=lambda item: item[1]):
             figures = []
             for data in SETS:
                 ours = [line["metrics"] for line in here if line["label"] == name and line["data"] == data]
-                figures.append(" ".join(f"{np.mean([m[k] for m in ours]):.4f}" for k in METRICS))
-            text.append(f"  {rank:6.2f}  {' | '.join(figures)}  {name}")
+                figures += [f"{np.mean([m[METRICS[k]] for m in ours]):.4f}" if ours else "" for k in SHOWN]
+            text.append(f"| {name} | {rank:.2f} | {' | '.join(figures)} |")
+        text.append("")
     return "\n".join(text)
 
 

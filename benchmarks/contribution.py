@@ -1,4 +1,4 @@
-"""What the flow adds to no flow, and what each coupling adds to independent coupling, with confidence intervals.
+"""What the flow adds to whitened features, and what each coupling adds to independent coupling, with 95 % intervals.
 
 Usage: python benchmarks/contribution.py [--base JSON] [--data mvtec_bottle magnetic_tile synthetic] [--cache FOLDER]
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import START, Ablation, Images, Setting, end_points, jsonable, measure
+from ablation import START, Ablation, Images, Setting, end_points, features, jsonable, measure, normalise
 from lines import append, read
 from torch import Tensor
 
@@ -26,7 +26,9 @@ from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
 RESULTS = Path(__file__).parent / "results" / "contribution.json"
 DATA = ("mvtec_bottle", "magnetic_tile", "synthetic")
 COUPLINGS = ("independent", "worst_of_two", "worst")
-NO_FLOW = "no flow"
+NO_FLOW = "whitened, no flow"
+SAME_FEATURES = "no flow"
+"""The first control is the stronger: the Mahalanobis distance. The second has the flow's own normalisation."""
 BINS = 1024
 DRAWS = 2000
 
@@ -71,8 +73,11 @@ def draws(label: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 def variant(ablation: Ablation, data: str, setting: Setting) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """Measure one setting: its metrics, image scores and pixel counts."""
     images: Images = ablation.images(data)
-    field, features, _ = ablation.field(data, setting)
-    y = end_points(field, features, setting, setting.start_time)
+    if setting.start_time is None:
+        _, y = normalise(features(images.train, setting), features(images.test, setting), setting)
+    else:
+        field, x, _ = ablation.field(data, setting)
+        y = end_points(field, x, setting, setting.start_time)
     generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction, setting.smoothing)
     scores, pixels = [], []
     for batch in density_proxy(y).split(64):
@@ -86,14 +91,16 @@ def contribution(ablation: Ablation, data: str, base: Setting, seeds: list[int])
     """Measure all variants on one data set, and the differences between them."""
     label = ablation.images(data).labels.numpy()
     weight = draws(label, np.random.default_rng(0))
-    measured: dict[str, list[tuple[dict[str, float], np.ndarray, np.ndarray]]] = {NO_FLOW: []}
+    control = replace(base, start_time=None)
+    measured: dict[str, list[tuple[dict[str, float], np.ndarray, np.ndarray]]] = {
+        NO_FLOW: [variant(ablation, data, replace(control, normalization="whitening"))],
+        SAME_FEATURES: [variant(ablation, data, control)],
+    }
     for coupling in dict.fromkeys([*COUPLINGS, base.coupling]):
         measured[coupling] = []
         for seed in seeds:
             setting = replace(base, coupling=coupling, seed=seed)
             measured[coupling].append(variant(ablation, data, setting))
-            if not measured[NO_FLOW]:
-                measured[NO_FLOW].append(variant(ablation, data, replace(setting, start_time=None)))
             print(f"{data}: {coupling}, seed {seed}", file=sys.stderr, flush=True)
     curves = {
         name: {
@@ -102,8 +109,9 @@ def contribution(ablation: Ablation, data: str, base: Setting, seeds: list[int])
         }
         for name, runs in measured.items()
     }
-    pairs = [(name, NO_FLOW) for name in measured if name != NO_FLOW]
-    pairs += [(name, "independent") for name in measured if name not in (NO_FLOW, "independent")]
+    flows = [name for name in measured if name not in (NO_FLOW, SAME_FEATURES)]
+    pairs = [(name, NO_FLOW) for name in flows]
+    pairs += [(name, "independent") for name in flows if name != "independent"]
     return {
         "data": data,
         "setting": jsonable(base),
