@@ -20,6 +20,7 @@ from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LAYERS = ("blocks.2", "blocks.4")
+"""The baselines' layers, at strides 8 and 16, as anomalib's own layer2 and layer3; WTFlow's is the second alone."""
 """Strides 8 and 16 of EfficientNet-Lite0: every row's features."""
 IMAGE_SIZE = 256
 
@@ -189,9 +190,11 @@ ROWS: dict[str, Row] = {
             "network": "unet",
             "width": 48,
             "coupling": "worst",
+            "path": "linear",
             "start_time": 0.0,
             "anomaly_map": "relative",
             "top_fraction": 0.03,
+            "sigma": 0.0,
             "max_epochs": 100,
             "learning_rate": 1e-4,
             "scheduler": "step",
@@ -202,7 +205,7 @@ ROWS: dict[str, Row] = {
     "Patchcore": Row(lambda **kwargs: neighbours(Patchcore, **kwargs), {"coreset_sampling_ratio": 0.01}),
     "Padim": Row(lambda **kwargs: neighbours(Padim, **kwargs), {"n_features": 100}),
     "FastFlow": Row(LiteFastflow, {"max_epochs": 20}),
-    "No flow": Row(NoFlow, {}),
+    "No flow": Row(NoFlow, {"normalization": "whitening"}),
     "Full bank": Row(lambda **kwargs: neighbours(FullBank, **kwargs), {}, seeded=False),
 }
 EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {

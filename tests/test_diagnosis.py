@@ -91,8 +91,8 @@ def test_flow_and_field_numbers(page: Path, trained: SimpleNamespace) -> None:
     channels = model.feature_extractor.out_channels
     radius = flow["scored"]["normal"]["radius"]["median"][0]
     assert flow["predicted_start"] == {
-        "worst_of_two": pytest.approx(-1 - (2 / np.pi / channels) ** 0.5 / radius, rel=1e-5),
-        "independent": -1,
+        "worst_of_two": pytest.approx(predicted_component(model.path, (2 / np.pi / channels) ** 0.5, radius), rel=1e-5),
+        "independent": pytest.approx(predicted_component(model.path, 0.0, radius), rel=1e-5),
     }
     good = [i for i in range(len(trained.parts.test_data)) if not trained.parts.test_data[i].gt_label]
     assert numbers["scores"]["images"]["normal"] == len(good)

@@ -133,6 +133,7 @@ def test_other_choices_export(network: str, tmp_path: Path) -> None:
     from anomalib_wtflow import WTFlow
 
     model = WTFlow(
+        layers=["blocks.2", "blocks.4"],
         network=network,
         width=16,
         image_size=(96, 80),

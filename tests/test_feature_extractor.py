@@ -36,11 +36,13 @@ def test_default_features_are_timms() -> None:
     images = torch.randn(2, 3, 96, 64)
     with torch.no_grad():
         fine, coarse = model(images)
-    extractor = FeatureExtractor()
+    assert torch.equal(FeatureExtractor()(images), coarse)
+    layers = ["blocks.2", "blocks.4"]
+    extractor = FeatureExtractor(layers=layers)
     assert extractor.out_channels == 40 + 112
     expected = torch.cat([fine, F.interpolate(coarse, fine.shape[-2:], mode="bilinear")], 1)
     torch.testing.assert_close(extractor(images), expected)
-    at_coarse = FeatureExtractor(merge="coarsest")(images)
+    at_coarse = FeatureExtractor(layers=layers, merge="coarsest")(images)
     torch.testing.assert_close(at_coarse, torch.cat([F.avg_pool2d(fine, 2), coarse], 1))
 
 

@@ -190,9 +190,9 @@ def test_refitting_fits_the_normalisation_again(parts: SyntheticParts, tmp_path:
     """The statistics are those of the second training set alone, also after an aborted first pass."""
     module = as_mvtec(parts)
     model, other = WTFlow(max_epochs=1, **SMALL), WTFlow(max_epochs=1, **SMALL)
-    model.model.normalization.update(torch.randn(8, 152, 4, 4) + 5)
+    model.model.normalization.update(torch.randn(8, 112, 4, 4) + 5)
     model.model.normalization.finalize()
-    model.model.normalization.update(torch.randn(8, 152, 4, 4) - 5)
+    model.model.normalization.update(torch.randn(8, 112, 4, 4) - 5)
     for each in (model, other):
         quiet_engine(tmp_path).fit(each, datamodule=module)
     torch.testing.assert_close(model.model.normalization.mean, other.model.normalization.mean)

@@ -16,7 +16,9 @@ def summary(numbers: dict[str, Any]) -> str:
     for level in ("image", "pixel"):
         auroc, control = scores[f"{level}_auroc"], scores[f"{level}_auroc_no_flow"]
         if auroc is not None:
-            parts.append(f"{level.title()} AUROC {auroc:.4f} (the same features without a flow: {control:.4f}).")
+            parts.append(
+                f"{level.title()} AUROC {auroc:.4f} (the same normalised features without a flow: {control:.4f})."
+            )
     if scores["threshold"] is None:
         parts.append("The model has no threshold.")
     else:

@@ -48,7 +48,7 @@ class WTFlow(EpochDefault, AnomalibModule):
 
     Args:
         backbone: Name of a timm CNN; the default brings its weights along and needs no network.
-        layers: Feature layers, finest first; None for those at strides 8 and 16.
+        layers: Feature layers, finest first; None for the one at stride 16.
         pre_trained: Whether the backbone gets trained weights.
         weights: Local ``.safetensors`` or ``.pth`` file with the backbone's weights.
         pool_size: Side of the window that the features are averaged over, odd; 1 for none.
@@ -105,25 +105,25 @@ class WTFlow(EpochDefault, AnomalibModule):
         pool_size: int = 3,
         pool_stride: int = 1,
         merge: MergeName = "coarsest",
-        normalization: NormalizationName = "whitening",
+        normalization: NormalizationName = "channel",
         network: FieldName = "pointwise",
         width: int | None = None,
         depth: int | None = None,
-        path: PathName = "linear",
+        path: PathName = "variance_preserving",
         s_min: float = 0.01,
-        coupling: CouplingName = "worst_of_two",
+        coupling: CouplingName = "worst",
         solver: SolverName = "euler",
         steps: int = 1,
         start_time: float = 0.3,
         anomaly_map: MapName = "absolute",
         top_fraction: float = 0.03,
-        sigma: float = 0.0,
+        sigma: float = 4.0,
         image_size: int | tuple[int, int] | None = None,
         false_alarm_rate: float | None = 0.05,
         calibration_ratio: float = 0.2,
         max_epochs: int = 20,
         optimizer: OptimizerName = "adamw",
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         weight_decay: float = 1e-2,
         scheduler: SchedulerName = "cosine",
         pre_processor: nn.Module | bool = True,

@@ -26,7 +26,7 @@ class WTFlowModel(nn.Module):
 
     Args:
         backbone: Name of a timm CNN.
-        layers: Feature layers, finest first; None for those at strides 8 and 16.
+        layers: Feature layers, finest first; None for the one at stride 16.
         pre_trained: Whether the backbone gets trained weights.
         weights: Local weights file of the backbone, or None.
         pool_size: Side of the window that the features are averaged over, odd; 1 for none.
@@ -63,19 +63,19 @@ class WTFlowModel(nn.Module):
         pool_size: int = 3,
         pool_stride: int = 1,
         merge: str = "coarsest",
-        normalization: str = "whitening",
+        normalization: str = "channel",
         network: str = "pointwise",
         width: int | None = None,
         depth: int | None = None,
-        path: str = "linear",
+        path: str = "variance_preserving",
         s_min: float = 0.01,
-        coupling: str = "worst_of_two",
+        coupling: str = "worst",
         solver: str = "euler",
         steps: int = 1,
         start_time: float = 0.3,
         anomaly_map: str = "absolute",
         top_fraction: float = 0.03,
-        sigma: float = 0.0,
+        sigma: float = 4.0,
     ) -> None:
         super().__init__()
         if not 0 <= start_time < 1:
