@@ -1,7 +1,7 @@
 """Ablation of WTFlow on cached features: one factor at a time, on both real sets, with the no-flow control beside each.
 
 Usage:
-    python benchmarks/ablation.py                     all factors in the rule's order, each with the earlier winners
+    python benchmarks/ablation.py                     all factors, each around WTFlow's defaults
     python benchmarks/ablation.py FACTOR [FACTOR ...] [--base JSON] [--seeds 0 1 2]
     python benchmarks/ablation.py --rank              each factor's mean ranks as Markdown, from the JSON
 
@@ -45,6 +45,7 @@ from anomalib_wtflow.solver import get_solver
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 SETS = ("mvtec_bottle", "magnetic_tile")
 STRIDES = {4: "blocks.1", 8: "blocks.2", 16: "blocks.4", 32: "blocks.6"}
+CHANNELS = {4: 24, 8: 40, 16: 112, 32: 320}
 SHOWN = (0, 3, 4)
 """Which of the metrics a table shows."""
 METRICS = ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUPRO", "pixel_F1Max")
@@ -52,37 +53,48 @@ METRICS = ("image_AUROC", "image_AUPR", "image_F1Max", "pixel_AUROC", "pixel_AUP
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the ablation; the defaults are those that the earlier factors chose."""
+    """One point of the ablation; the defaults are WTFlow's."""
 
-    strides: tuple[int, ...] = (8, 16)
+    strides: tuple[int, ...] = (4, 8, 16)
     side: int = 16
     pool: int = 3
     standardise: bool = False
-    normalization: str = "whitening"
+    normalization: str = "channel"
     ridge: float = 0.01
     network: str = "pointwise"
+    fields: str = "per_layer"
     width: int | None = None
     depth: int | None = None
-    path: str = "linear"
-    coupling: str = "worst_of_two"
+    path: str = "variance_preserving"
+    coupling: str = "worst"
     blocks: int = 1
     epochs: int = 20
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     scheduler: str = "cosine"
     start_time: float | None = 0.3
     steps: int = 1
+    density: str = "student"
     anomaly_map: str = "absolute"
-    smoothing: float = 0.0
+    smoothing: float = 4.0
     top_fraction: float = 0.03
+    image_score: str = "features"
+    contrast: float = 0.5
     seed: int = 0
 
 
-START = Setting(learning_rate=3e-3, start_time=0.4)
-"""Where the search begins: 1e-3 and 20 epochs were known to train too little to tell the flow from no flow."""
-TIMES = (0.3, 0.4, 0.5)
-"""Start times that every trained field is scored from, besides the base's."""
-INFERENCE = ("start_time", "steps", "anomaly_map", "smoothing", "top_fraction")
+START = Setting()
+"""What the factors are varied around."""
+INFERENCE = (
+    "start_time",
+    "steps",
+    "density",
+    "anomaly_map",
+    "smoothing",
+    "top_fraction",
+    "image_score",
+    "contrast",
+)
 """What does not need another training."""
 FEATURES = (
     "strides",
@@ -91,9 +103,12 @@ FEATURES = (
     "standardise",
     "normalization",
     "ridge",
+    "density",
     "anomaly_map",
     "smoothing",
     "top_fraction",
+    "image_score",
+    "contrast",
 )
 """What the no-flow control depends on."""
 TIE = 0.25
@@ -101,70 +116,41 @@ MOST_PARAMETERS, MOST_SECONDS = 5_000_000, 300
 
 FACTORS: dict[str, list[dict[str, Any]]] = {
     "layers": [
-        {"strides": (8, 16), "side": 16},
-        {"strides": (8, 16), "side": 32},
-        {"strides": (16,), "side": 16},
-        {"strides": (4, 8, 16), "side": 16},
-        {"strides": (4, 8, 16), "side": 32},
-        {"strides": (8, 16, 32), "side": 16},
-        {"strides": (4, 8, 16, 32), "side": 16},
+        {"strides": (16,)},
+        {"strides": (8, 16)},
+        {"strides": (4, 8, 16)},
+        {"strides": (4, 8, 16, 32)},
     ],
-    "pool": [{"pool": size} for size in (1, 3, 5)],
-    "normalization": [
-        {"normalization": "layer_norm"},
-        {"normalization": "channel"},
-        *({"ridge": ridge} for ridge in (0.01, 0.03, 0.1, 0.3)),
-        {"standardise": True, "ridge": 0.1},
+    "fields": [
+        {"fields": fields, "density": density}
+        for fields in ("joint", "per_layer")
+        for density in ("gaussian", "student")
     ],
-    "score": [
-        *({"top_fraction": share} for share in (0.001, 0.01, 0.03, 0.1)),
-        *({"smoothing": sigma} for sigma in (2.0, 4.0, 8.0)),
-        {"anomaly_map": "relative"},
+    "image score": [
+        *({"contrast": share} for share in (0.0, 0.25, 0.5, 0.75)),
+        {"image_score": "map"},
+        {"image_score": "map", "contrast": 0.0},
+        *({"top_fraction": share} for share in (0.01, 0.1)),
+    ],
+    "map": [*({"smoothing": sigma} for sigma in (0.0, 2.0, 4.0, 8.0)), {"anomaly_map": "relative"}],
+    "start": [
+        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+        *({"steps": steps} for steps in (2, 4)),
     ],
     "coupling": [
         {"coupling": name} for name in ("independent", "optimal", "worst", "worst_local", "worst_of_two", "antipodal")
     ],
     "path": [{"path": name} for name in ("linear", "gaussian", "variance_preserving")],
-    "network": [
-        {"width": 128},
-        {"width": 256},
-        {"width": 512},
-        {"width": 256, "depth": 6},
-        {"network": "unet", "width": 32},
+    "normalization": [
+        {"normalization": "channel"},
+        {"normalization": "whitening"},
+        {"normalization": "whitening", "ridge": 0.3},
+        {"normalization": "layer_norm"},
     ],
+    "network": [{"width": 128}, {"width": 256}, {"width": 256, "depth": 1}, {"network": "unet", "width": 32}],
+    "training": [{"epochs": 10}, {"epochs": 20}, {"epochs": 40}, {"learning_rate": 1e-3}, {"scheduler": "step"}],
+    "pool": [{"pool": size} for size in (1, 3, 5)],
     "time": [{"blocks": 1}, {"blocks": 4}],
-    "start": [
-        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),
-        *({"steps": steps} for steps in (2, 4)),
-    ],
-    "training": [
-        *({"epochs": epochs, "learning_rate": 3e-3} for epochs in (10, 20, 40)),
-        {"epochs": 20, "learning_rate": 1e-3},
-        {"scheduler": "step"},
-    ],
-    "batch": [{"batch_size": size} for size in (16, 32)],
-    # interactions: finer and coarser layers bring weak directions, which the ridge, or no rotation, holds down
-    "layers and normalization": [
-        {},
-        {"strides": (8, 16), "normalization": "channel"},
-        {"strides": (8, 16), "normalization": "whitening", "ridge": 0.1},
-        {"strides": (8, 16), "normalization": "whitening", "ridge": 0.3},
-        {"strides": (4, 8, 16), "normalization": "channel"},
-        {"strides": (4, 8, 16), "normalization": "whitening", "ridge": 0.3},
-        {"strides": (8, 16, 32), "normalization": "channel"},
-        {"strides": (8, 16), "side": 32, "normalization": "channel", "epochs": 10},
-    ],
-    "start and layers": [{"start_time": time} for time in (0.1, 0.2, 0.3, 0.4, 0.5)],
-    "smoothing and layers": [{"smoothing": sigma} for sigma in (0.0, 4.0, 8.0)],
-    # once more, around what the first pass chose
-    "layers again": [
-        {},
-        {"strides": (8, 16)},
-        {"strides": (4, 8, 16)},
-        {"strides": (4, 8, 16), "normalization": "whitening", "ridge": 0.3},
-    ],
-    "start again": [{"start_time": time} for time in (0.1, 0.2, 0.3, 0.4, 0.5)],
-    "coupling again": [{"coupling": name} for name in ("independent", "worst", "worst_of_two")],
 }
 
 
@@ -236,10 +222,16 @@ def split(x: Tensor, blocks: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h // blocks, w // blocks)
 
 
+def channels(setting: Setting) -> list[int]:
+    """Return the channels of a setting's layers."""
+    return [CHANNELS[stride] for stride in setting.strides]
+
+
 def train(x0: Tensor, setting: Setting) -> tuple[nn.Module, float]:
     """Train a field as WTFlow does by default, epoch by epoch without the incomplete batch's loss of images."""
     torch.manual_seed(setting.seed)
-    field = get_field(setting.network, x0.shape[1], setting.width, setting.depth)
+    layers = channels(setting) if setting.fields == "per_layer" else sum(channels(setting))
+    field = get_field(setting.network, layers, setting.width, setting.depth)
     path, coupling, loss = ProbabilityPath(setting.path), get_coupling(setting.coupling), WTFlowLoss()
     optimizer = torch.optim.AdamW(field.parameters(), lr=setting.learning_rate, weight_decay=1e-2)
     batches = -(-len(x0) // setting.batch_size)
@@ -271,23 +263,31 @@ def end_points(field: nn.Module, x0: Tensor, setting: Setting, start_time: float
     return torch.cat(out)
 
 
+def score(y: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Image scores, and every fourth pixel of the maps in each direction."""
+    layers = channels(setting)
+    generator = AnomalyMapGenerator(
+        setting.anomaly_map, setting.top_fraction, setting.smoothing, setting.image_score, setting.contrast, layers
+    )
+    scores, maps = [], []
+    for batch in y.split(64):
+        anomaly_map, image_score = generator(density_proxy(batch, layers, setting.density), (256, 256))
+        scores.append(image_score)
+        maps.append(anomaly_map[:, 0, 2::4, 2::4].clone())
+    return torch.cat(scores), torch.cat(maps)
+
+
 def measure(y: Tensor, images: Images, setting: Setting) -> dict[str, float]:
     """All six metrics."""
-    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction, setting.smoothing)
-    scores, maps = [], []
-    for batch in density_proxy(y).split(64):
-        anomaly_map, score = generator(batch, (256, 256))
-        scores.append(score)
-        maps.append(anomaly_map[:, 0, 2::4, 2::4].clone())
-    score, pixels = torch.cat(scores), torch.cat(maps)
+    scores, pixels = score(y, setting)
     aupro = _AUPRO(fpr_limit=0.3)
     aupro.update(pixels, images.masks)
     label, mask = images.labels.numpy(), images.masks.flatten().numpy()
     flat = pixels.flatten().numpy()
     values = (
-        roc_auc_score(label, score),
-        average_precision_score(label, score),
-        best_f1(label, score.numpy()),
+        roc_auc_score(label, scores),
+        average_precision_score(label, scores),
+        best_f1(label, scores.numpy()),
         roc_auc_score(mask, flat),
         float(aupro.compute()),
         best_f1(mask, flat),
@@ -311,7 +311,7 @@ def times(factor: str, setting: Setting) -> list[float | None]:
     if any("start_time" in change or "steps" in change for change in FACTORS[factor]):
         return [setting.start_time]
     control = [None] if any(name in FEATURES for change in FACTORS[factor] for name in change) else []
-    return [*control, *sorted({*TIMES, setting.start_time})]
+    return [*control, setting.start_time]
 
 
 def key(data: str, setting: dict[str, Any]) -> str:
@@ -484,10 +484,8 @@ def main() -> int:
     base = replace(START, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.base.items()})
     ablation = Ablation(given.output, given.cache)
     for factor in given.factors or FACTORS:
-        lines = ablation.run(factor, base, given.seeds)
-        if not given.factors:
-            base = winner(lines, base)
-            print(f"{factor}: {base}", flush=True)
+        chosen = winner(ablation.run(factor, base, given.seeds), base)
+        print(f"{factor}: {label(jsonable(chosen), list(FACTORS[factor][-1]))}", flush=True)
     return 0
 
 

@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from ablation import START, Ablation, Images, Setting, end_points, features, jsonable, measure, normalise
+from ablation import START, Ablation, Images, Setting, end_points, features, jsonable, measure, normalise, score
 from lines import append, read
 from torch import Tensor
-
-from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
 
 RESULTS = Path(__file__).parent / "results" / "contribution.json"
 DATA = ("mvtec_bottle", "magnetic_tile", "synthetic")
@@ -78,13 +75,8 @@ def variant(ablation: Ablation, data: str, setting: Setting) -> tuple[dict[str, 
     else:
         field, x, _ = ablation.field(data, setting)
         y = end_points(field, x, setting, setting.start_time)
-    generator = AnomalyMapGenerator(setting.anomaly_map, setting.top_fraction, setting.smoothing)
-    scores, pixels = [], []
-    for batch in density_proxy(y).split(64):
-        anomaly_map, score = generator(batch, (256, 256))
-        scores.append(score)
-        pixels.append(anomaly_map[:, 0, 2::4, 2::4].clone())
-    return measure(y, images, setting), torch.cat(scores).numpy(), histograms(torch.cat(pixels), images.masks)
+    scores, pixels = score(y, setting)
+    return measure(y, images, setting), scores.numpy(), histograms(pixels, images.masks)
 
 
 def contribution(ablation: Ablation, data: str, base: Setting, seeds: list[int]) -> dict[str, Any]:

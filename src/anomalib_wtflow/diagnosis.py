@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_wtflow import explanations, figures, toy
-from anomalib_wtflow.anomaly_map import density_proxy
 from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.diagnosis_data import data_sets
 from anomalib_wtflow.diagnostics import centripetal_component, local_lipschitz, radius, trajectory
-from anomalib_wtflow.field import PointwiseField, get_field
 from anomalib_wtflow.fit import fit_field
 from anomalib_wtflow.image_check import raise_for_unreadable
 from anomalib_wtflow.lightning_model import WTFlow
@@ -294,7 +292,9 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, sho
             features.append(model.model.normalization(model.model.extract(image[None].to(model.device))))
     x0 = torch.cat(features)
     settings = model.hparams
-    control = get_field(settings["network"], x0.shape[1], settings["width"], settings["depth"]).to(x0.device)
+    control = model.model.build_field(*(settings[name] for name in ("network", "fields", "width", "depth"))).to(
+        x0.device
+    )
     return fit_field(
         control, x0, model.model.path, get_coupling("independent"), steps, batch_size,
         model.learning_rate, model.weight_decay,
@@ -391,8 +391,9 @@ def _without_flow(model: WTFlow, images: Sequence[ScoredImage]) -> tuple[dict[st
     scores: dict[str, list[Tensor]] = {}
     pixels: dict[str, list[Tensor]] = {}
     for image in images:
-        log_density = density_proxy(image.x0[None])
-        anomaly_map, score = model.model.anomaly_map_generator(log_density, image.anomaly_map.shape)
+        log_density = model.model.log_density(image.x0[None].to(model.device))
+        result = model.model.anomaly_map_generator(log_density, image.anomaly_map.shape)
+        anomaly_map, score = (values.cpu() for values in result)
         scores.setdefault(image.kind, []).append(score)
         if image.mask is not None:
             pixels.setdefault("normal", []).append(anomaly_map[0, 0][~image.mask])
@@ -496,7 +497,7 @@ def log_density_numbers(
     torch_model = model.model
     start = torch_model.start_time
     scale = torch_model.path.coefficients(torch.tensor(start)).a.item()
-    pointwise = isinstance(torch_model.field, PointwiseField)
+    pointwise = torch_model.field.pointwise
     scores: dict[str, list[list[float]]] = {}
     for image in show(images, "Log-density along the flow", len(images)):
         x = scale * image.x0[None].to(model.device)

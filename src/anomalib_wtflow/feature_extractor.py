@@ -122,7 +122,7 @@ class FeatureExtractor(nn.Module):
 
     Args:
         backbone: Name of a timm model.
-        layers: Names of its feature layers, finest first; None for the one at stride 16.
+        layers: Names of its feature layers, finest first; None for those at strides 4, 8 and 16.
         pre_trained: Whether to load weights; False leaves the backbone random (for tests and controls).
         weights: Local ``.safetensors`` or ``.pth`` file to take them from; None for the packaged ones
             (``tf_efficientnet_lite0``) or timm's hub (any other).
@@ -162,7 +162,8 @@ class FeatureExtractor(nn.Module):
         self.network = self._create(indices, pretrained=from_hub)
         if pre_trained and not from_hub:
             self._load(packaged_weights() if weights is None else load_weights_file(weights), weights)
-        self.out_channels = sum(self.network.feature_info.channels())
+        self.channels: list[int] = list(self.network.feature_info.channels())
+        self.out_channels = sum(self.channels)
         self.stride = max(self.network.feature_info.reduction())
         self.network.requires_grad_(requires_grad=False)
         self.eval()
@@ -177,7 +178,7 @@ class FeatureExtractor(nn.Module):
         names = info.module_name()
         if layers is None:
             strides = info.reduction()
-            return [index for index, stride in enumerate(strides) if stride == 16] or [len(strides) - 1]
+            return [index for index, stride in enumerate(strides) if stride in (4, 8, 16)] or [len(strides) - 1]
         if not layers or isinstance(layers, str):
             msg = f"layers is {layers!r}: give a list of layer names of '{self.backbone}', out of {', '.join(names)}."
             raise ValueError(msg)

@@ -1,6 +1,6 @@
 """Vector fields: the networks ``v_theta(x, t)`` that are trained along the paths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from anomalib_wtflow._registry import lookup
 
 FieldName = Literal["pointwise", "unet"]
+FieldsName = Literal["joint", "per_layer"]
 
 
 class TimeEmbedding(nn.Module):
@@ -56,6 +57,7 @@ class PointwiseField(nn.Module):
     """
 
     min_size = 1
+    pointwise = True
 
     def __init__(self, channels: int, width: int = 256, depth: int = 3) -> None:
         super().__init__()
@@ -119,6 +121,7 @@ class UNetField(nn.Module):
     """
 
     min_size = 8
+    pointwise = False
 
     def __init__(self, channels: int, width: int = 48, depth: int = 2) -> None:
         super().__init__()
@@ -153,13 +156,41 @@ class UNetField(nn.Module):
         return self.head(h)
 
 
+class LayerwiseField(nn.Module):
+    """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network of its own for each layer of the features (ours).
+
+    The density is then a product over the layers: what is strange in one layer is not explained away by another.
+
+    Args:
+        fields: Networks v_l.
+        channels: Channels of each x_l.
+    """
+
+    def __init__(self, fields: Sequence[PointwiseField | UNetField], channels: Sequence[int]) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(fields)
+        self.channels = list(channels)
+        self.min_size = max(field.min_size for field in fields)
+        self.pointwise = all(field.pointwise for field in fields)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``."""
+        layers = x.split(self.channels, dim=1)
+        return torch.cat([field(layer, t) for field, layer in zip(self.fields, layers, strict=True)], dim=1)
+
+
+Field = PointwiseField | UNetField | LayerwiseField
 FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
 
 
-def get_field(
-    name: str, channels: int, width: int | None = None, depth: int | None = None
-) -> PointwiseField | UNetField:
+def get_field(name: str, channels: int | Sequence[int], width: int | None = None, depth: int | None = None) -> Field:
     """Build a vector field by name; ``width`` and ``depth`` default to the network's own.
+
+    Args:
+        name: ``pointwise`` or ``unet``.
+        channels: Channels C; or a list of the layers' channels, for a network of its own for each.
+        width: Width of each network.
+        depth: Depth of each network.
 
     Raises:
         ValueError: If the name is unknown, or a size is not positive.
@@ -169,4 +200,9 @@ def get_field(
         if value < 1:
             msg = f"{key} is {value}: the '{name}' network needs at least 1."
             raise ValueError(msg)
-    return lookup(FIELDS, "network", name)(channels, **sizes)
+    build = lookup(FIELDS, "network", name)
+    if isinstance(channels, int):
+        return build(channels, **sizes)
+    if len(channels) == 1:
+        return build(channels[0], **sizes)
+    return LayerwiseField([build(size, **sizes) for size in channels], channels)

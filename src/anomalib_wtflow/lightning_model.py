@@ -23,12 +23,12 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_wtflow._registration import register_model
 from anomalib_wtflow._registry import lookup
-from anomalib_wtflow.anomaly_map import MapName
+from anomalib_wtflow.anomaly_map import DensityName, ImageScoreName, MapName
 from anomalib_wtflow.cli_errors import one_sentence
 from anomalib_wtflow.coupling import BATCH_COUPLINGS, CouplingName
 from anomalib_wtflow.epoch_default import EpochDefault
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, MergeName, get_data_config
-from anomalib_wtflow.field import FieldName
+from anomalib_wtflow.field import FieldName, FieldsName
 from anomalib_wtflow.image_check import ImageCheck
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.normalization import NormalizationName
@@ -43,12 +43,12 @@ from anomalib_wtflow.torch_model import WTFlowModel
 class WTFlow(EpochDefault, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
-    The first 20 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
+    The first 24 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
     (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
 
     Args:
         backbone: Name of a timm CNN; the default brings its weights along and needs no network.
-        layers: Feature layers, finest first; None for the one at stride 16.
+        layers: Feature layers, finest first; None for those at strides 4, 8 and 16.
         pre_trained: Whether the backbone gets trained weights.
         weights: Local ``.safetensors`` or ``.pth`` file with the backbone's weights.
         pool_size: Side of the window that the features are averaged over, odd; 1 for none.
@@ -56,8 +56,9 @@ class WTFlow(EpochDefault, AnomalibModule):
         merge: ``finest`` or ``coarsest``: whose size the layers are brought to.
         normalization: ``layer_norm``, ``channel`` or ``whitening``.
         network: Vector field, ``pointwise`` or ``unet``.
-        width: Width of the network; None for its own default (256, or 48 for the U-Net).
-        depth: Depth of the network; None for its own default (3, or 2 for the U-Net).
+        fields: ``per_layer`` for a network of its own for each layer, or ``joint`` for one that sees all of them.
+        width: Width of each network; None for its own default (256, or 48 for the U-Net).
+        depth: Depth of each network; None for its own default (3, or 2 for the U-Net).
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
         coupling: ``independent``, ``optimal``, ``optimal_image``, ``worst``, ``worst_image``, ``worst_local``,
@@ -66,9 +67,12 @@ class WTFlow(EpochDefault, AnomalibModule):
             ``fehlberg2`` or ``adaptive_heun``.
         steps: Steps of the first three at inference.
         start_time: Time in [0, 1) at which inference enters the flow.
+        density: Density of where the flow ends, ``gaussian`` (the paper's) or ``student``.
         anomaly_map: ``absolute`` or ``relative``.
-        top_fraction: Share of the map that makes the image score, in (0, 1].
+        top_fraction: Share of the values that makes the image score, in (0, 1].
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
+        image_score: Whether the image score comes from the ``map`` (the authors') or from the ``features``' positions.
+        contrast: Share of the image's mean that the image score leaves out, in [0, 1).
         image_size: Side, or height and width, that images are resized to; None for the backbone's own.
         false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous. The threshold is the
             split-conformal quantile of normal images that the field was not trained on; None for anomalib's adaptive
@@ -107,6 +111,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         merge: MergeName = "coarsest",
         normalization: NormalizationName = "channel",
         network: FieldName = "pointwise",
+        fields: FieldsName = "per_layer",
         width: int | None = None,
         depth: int | None = None,
         path: PathName = "variance_preserving",
@@ -115,9 +120,12 @@ class WTFlow(EpochDefault, AnomalibModule):
         solver: SolverName = "euler",
         steps: int = 1,
         start_time: float = 0.3,
+        density: DensityName = "student",
         anomaly_map: MapName = "absolute",
         top_fraction: float = 0.03,
         sigma: float = 4.0,
+        image_score: ImageScoreName = "features",
+        contrast: float = 0.5,
         image_size: int | tuple[int, int] | None = None,
         false_alarm_rate: float | None = 0.05,
         calibration_ratio: float = 0.2,
@@ -169,6 +177,7 @@ class WTFlow(EpochDefault, AnomalibModule):
                 merge=merge,
                 normalization=normalization,
                 network=network,
+                fields=fields,
                 width=width,
                 depth=depth,
                 path=path,
@@ -177,9 +186,12 @@ class WTFlow(EpochDefault, AnomalibModule):
                 solver=solver,
                 steps=steps,
                 start_time=start_time,
+                density=density,
                 anomaly_map=anomaly_map,
                 top_fraction=top_fraction,
                 sigma=sigma,
+                image_score=image_score,
+                contrast=contrast,
             )
             self.loss = WTFlowLoss()
 

@@ -7,10 +7,11 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
+from anomalib_wtflow._registry import lookup
+from anomalib_wtflow.anomaly_map import DENSITIES, AnomalyMapGenerator, density_proxy
 from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
-from anomalib_wtflow.field import get_field
+from anomalib_wtflow.field import Field, get_field
 from anomalib_wtflow.fit import regress
 from anomalib_wtflow.normalization import get_normalization
 from anomalib_wtflow.path import ProbabilityPath
@@ -21,12 +22,13 @@ class WTFlowModel(nn.Module):
     """Time-reversed flow matching with worst transport on the features of a frozen backbone (arXiv 2508.05461v3).
 
     Training: ``x0`` = normalised features, ``t ~ U(0, 1)``, ``eps ~ N(0, I)`` coupled to ``x0``; the field is
-    regressed on the velocity of the path. Inference: ``y`` = where the flow carries ``x0``, anomaly map from ``-log q
-    = 1/2 mean_c y_c^2``. The path, coupling, network, solver and normalisation are chosen by name and independently.
+    regressed on the velocity of the path. Inference: ``y`` = where the flow carries ``x0``, anomaly map from
+    ``-log q(1/2 mean_c y_c^2)``, layer by layer. The path, coupling, network, solver, normalisation and score are
+    chosen by name and independently.
 
     Args:
         backbone: Name of a timm CNN.
-        layers: Feature layers, finest first; None for the one at stride 16.
+        layers: Feature layers, finest first; None for those at strides 4, 8 and 16.
         pre_trained: Whether the backbone gets trained weights.
         weights: Local weights file of the backbone, or None.
         pool_size: Side of the window that the features are averaged over, odd; 1 for none.
@@ -34,8 +36,9 @@ class WTFlowModel(nn.Module):
         merge: ``finest`` or ``coarsest``: whose size the layers are brought to.
         normalization: ``layer_norm``, ``channel`` or ``whitening``; the last two are fitted on the training set.
         network: Vector field, ``pointwise`` or ``unet``.
-        width: Width of the network; None for its own default.
-        depth: Depth of the network; None for its own default.
+        fields: ``per_layer`` for a network of its own for each layer, or ``joint`` for one that sees all of them.
+        width: Width of each network; None for its own default.
+        depth: Depth of each network; None for its own default.
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
         coupling: One of :data:`anomalib_wtflow.coupling.COUPLINGS`.
@@ -45,9 +48,12 @@ class WTFlowModel(nn.Module):
         start_time: Time t_s in [0, 1) at which inference enters the flow, see :meth:`flow`. 0 is the paper's one-step
             inference ``y = x0 + v(x0, 0)``; one Euler step on the linear path gives ``y = x0 + v((1 - t_s) x0, t_s)``
             (ours).
+        density: Density of where the flow ends, ``gaussian`` (the paper's) or ``student``.
         anomaly_map: ``absolute`` or ``relative``.
-        top_fraction: Share of the map that makes the image score.
+        top_fraction: Share of the values that makes the image score, in (0, 1].
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
+        image_score: Whether the image score comes from the ``map`` (the authors') or from the ``features``' positions.
+        contrast: Share of the image's mean that the image score leaves out, in [0, 1).
 
     Raises:
         ValueError: If a name is unknown or a number is out of range; the message lists what is valid.
@@ -65,6 +71,7 @@ class WTFlowModel(nn.Module):
         merge: str = "coarsest",
         normalization: str = "channel",
         network: str = "pointwise",
+        fields: str = "per_layer",
         width: int | None = None,
         depth: int | None = None,
         path: str = "variance_preserving",
@@ -73,9 +80,12 @@ class WTFlowModel(nn.Module):
         solver: str = "euler",
         steps: int = 1,
         start_time: float = 0.3,
+        density: str = "student",
         anomaly_map: str = "absolute",
         top_fraction: float = 0.03,
         sigma: float = 4.0,
+        image_score: str = "features",
+        contrast: float = 0.5,
     ) -> None:
         super().__init__()
         if not 0 <= start_time < 1:
@@ -85,11 +95,26 @@ class WTFlowModel(nn.Module):
         self.coupling = get_coupling(coupling)
         self.solver = get_solver(solver, steps)
         self.start_time = start_time
-        self.anomaly_map_generator = AnomalyMapGenerator(anomaly_map, top_fraction, sigma)
+        self.density = density
+        lookup(DENSITIES, "density", density)
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, weights, pool_size, pool_stride, merge)
-        channels = self.feature_extractor.out_channels
-        self.normalization = get_normalization(normalization, channels)
-        self.field = get_field(network, channels, width, depth)
+        channels = self.feature_extractor.channels
+        self.anomaly_map_generator = AnomalyMapGenerator(
+            anomaly_map, top_fraction, sigma, image_score, contrast, channels
+        )
+        self.normalization = get_normalization(normalization, sum(channels))
+        self.field = self.build_field(network, fields, width, depth)
+
+    def build_field(self, network: str, fields: str, width: int | None = None, depth: int | None = None) -> Field:
+        """Build an untrained vector field for this model's features.
+
+        Raises:
+            ValueError: If a name is unknown or a number is out of range.
+        """
+        layers = self.feature_extractor.channels
+        choices: dict[str, int | list[int]] = {"joint": sum(layers), "per_layer": layers}
+        channels = lookup(choices, "fields", fields)
+        return get_field(network, channels, width, depth)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the backbone's features of pre-processed images ``(N, 3, H, W)``, as ``(N, C, H', W')``.
@@ -130,6 +155,10 @@ class WTFlowModel(nn.Module):
         end = self.solver.integrate(self.field, start, self.start_time, 1.0)
         return x0 + (end - start) / (1 - self.start_time)
 
+    def log_density(self, y: Tensor) -> Tensor:
+        """Density proxy of end points ``(N, C, H, W)``, for each of the L layers, as ``(N, L, H, W)``."""
+        return density_proxy(y, self.feature_extractor.channels, self.density)
+
     def predict(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> InferenceBatch:
         """Score backbone features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).
 
@@ -139,8 +168,8 @@ class WTFlowModel(nn.Module):
         if not torch.compiler.is_compiling() and not self.normalization.fitted:
             msg = "This WTFlow model is not trained: fit it first, or load a checkpoint (--ckpt_path)."
             raise RuntimeError(msg)
-        y = self.flow(self.normalization(features))
-        anomaly_map, pred_score = self.anomaly_map_generator(density_proxy(y), image_size)
+        log_density = self.log_density(self.flow(self.normalization(features)))
+        anomaly_map, pred_score = self.anomaly_map_generator(log_density, image_size)
         return InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map)
 
     def forward(self, images: Tensor) -> InferenceBatch | tuple[Tensor, Tensor]:
