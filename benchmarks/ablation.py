@@ -36,6 +36,7 @@ from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
 from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.feature_extractor import FeatureExtractor
 from anomalib_wtflow.field import get_field
+from anomalib_wtflow.fit import thin
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.normalization import NORMALIZATIONS, Whitening
 from anomalib_wtflow.path import ProbabilityPath
@@ -67,6 +68,7 @@ class Setting:
     depth: int | None = None
     path: str = "variance_preserving"
     coupling: str = "worst"
+    thinning: int = 2
     blocks: int = 1
     epochs: int = 20
     batch_size: int = 32
@@ -134,12 +136,10 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "map": [*({"smoothing": sigma} for sigma in (0.0, 2.0, 4.0, 8.0)), {"anomaly_map": "relative"}],
     "start": [
-        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)),
         *({"steps": steps} for steps in (2, 4)),
     ],
-    "coupling": [
-        {"coupling": name} for name in ("independent", "optimal", "worst", "worst_local", "worst_of_two", "antipodal")
-    ],
+    "coupling": [{"coupling": name} for name in ("independent", "worst", "worst_of_two", "antipodal")],
     "path": [{"path": name} for name in ("linear", "gaussian", "variance_preserving")],
     "normalization": [
         {"normalization": "channel"},
@@ -150,7 +150,8 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "network": [{"width": 128}, {"width": 256}, {"width": 256, "depth": 1}, {"network": "unet", "width": 32}],
     "training": [{"epochs": 10}, {"epochs": 20}, {"epochs": 40}, {"learning_rate": 1e-3}, {"scheduler": "step"}],
     "pool": [{"pool": size} for size in (1, 3, 5)],
-    "time": [{"blocks": 1}, {"blocks": 4}],
+    "time": [{"blocks": 1}, {"blocks": 2}],
+    "thinning": [{"thinning": 1}, {"thinning": 2}, {"thinning": 4}],
 }
 
 
@@ -241,7 +242,7 @@ def train(x0: Tensor, setting: Setting) -> tuple[nn.Module, float]:
     field.train()
     for _ in range(setting.epochs):
         for batch in x0[torch.randperm(len(x0))].split(setting.batch_size):
-            points = split(batch, setting.blocks)
+            points = split(thin(batch, setting.thinning) if field.pointwise else batch, setting.blocks)
             sample = path.sample(points, coupling(points, torch.randn_like(points)), torch.rand(len(points)))
             optimizer.zero_grad()
             loss(field(sample.x_t, sample.t), sample.velocity).backward()
@@ -450,7 +451,8 @@ class Ablation:
                     append(self.output, line)
                     known[name] = line
                     done.add((factor, name))
-                print(f"{time.strftime('%H:%M:%S')} {factor}: {data}, {setting}", file=sys.stderr, flush=True)
+                    now = time.strftime("%H:%M:%S")
+                    print(f"{now} {factor}: {data}, {line['metrics']}", file=sys.stderr, flush=True)
         return of_factor(read(self.output), factor, base)
 
     def line(self, data: str, setting: Setting) -> dict[str, Any]:

@@ -8,12 +8,56 @@ import torch
 from anomalib.models.image.fastflow.anomaly_map import AnomalyMapGenerator as FastflowMap
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, MapName, density_proxy
+from anomalib_wtflow.anomaly_map import DENSITIES, AnomalyMapGenerator, DensityName, MapName, density_proxy
 
 
 def test_density_proxy() -> None:
     y = torch.tensor([[3.0, 4.0], [1.0, 1.0]]).view(1, 2, 2, 1)
     torch.testing.assert_close(density_proxy(y).flatten(), torch.tensor([-2.5, -4.25]))
+
+
+@pytest.mark.parametrize("kind", get_args(DensityName))
+def test_density_of_each_layer(kind: str) -> None:
+    y = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    energies = torch.stack([(part**2).sum(1) / (2 * part.shape[1]) for part in (y[:, :2], y[:, 2:])], dim=1)
+    expected = -energies if kind == "gaussian" else -(1 + 4 * energies).log()
+    torch.testing.assert_close(density_proxy(y, [2, 3], kind), expected)
+    assert set(DENSITIES) == set(get_args(DensityName))
+
+
+def test_heavy_tails_are_a_student_density() -> None:
+    """``log(1 + 4 e)`` with one channel is that of Student's t with one degree of freedom and scale 1/sqrt(2)."""
+    y = torch.linspace(-5, 5, 11, dtype=torch.float64)
+    ours = density_proxy(y.view(1, 1, 1, -1), kind="student").flatten()
+    theirs = torch.distributions.StudentT(torch.tensor(1.0, dtype=torch.float64), scale=0.5**0.5).log_prob(y)
+    torch.testing.assert_close(ours - ours[5], theirs - theirs[5])
+
+
+def test_map_weighs_layers_alike_and_score_by_channels() -> None:
+    log_density = -torch.rand(3, 2, 5, 4, dtype=torch.float64)
+    generator = AnomalyMapGenerator(top_fraction=0.1, image_score="features", contrast=0.5, channels=[1, 3]).double()
+    anomaly_map, score = generator(log_density, (5, 4))
+    torch.testing.assert_close(anomaly_map, -log_density.mean(1, keepdim=True))
+    weighted = (-(log_density[:, 0] + 3 * log_density[:, 1]) / 4).flatten(1)
+    expected = weighted.sort().values[:, -2:].mean(1) - 0.5 * weighted.mean(1)
+    torch.testing.assert_close(score, expected)
+
+
+def test_contrast_of_the_map() -> None:
+    log_density = -torch.rand(3, 1, 5, 4)
+    anomaly_map, score = AnomalyMapGenerator(contrast=0.25)(log_density, (10, 8))
+    _, plain = AnomalyMapGenerator()(log_density, (10, 8))
+    torch.testing.assert_close(score, plain - 0.25 * anomaly_map.mean((1, 2, 3)))
+
+
+def test_an_image_that_is_foreign_all_over_scores_above_a_good_one() -> None:
+    good = -torch.full((1, 1, 16, 16), 0.3)
+    good[..., 3:5, 3:5] = -0.6
+    foreign = -torch.full((1, 1, 16, 16), 2.0)
+    scores = [
+        AnomalyMapGenerator(image_score="features", contrast=0.5)(image, (64, 64))[1] for image in (good, foreign)
+    ]
+    assert scores[1] > 2 * scores[0]
 
 
 def test_absolute_map_is_the_energy() -> None:
@@ -75,6 +119,13 @@ def test_a_broken_pixel_breaks_the_score() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="Unknown anomaly map 'log': choose one of absolute, relative"):
         AnomalyMapGenerator("log")
+    with pytest.raises(ValueError, match="Unknown image score 'pixels': choose one of map, features"):
+        AnomalyMapGenerator(image_score="pixels")
+    with pytest.raises(ValueError, match="Unknown density 'students': did you mean 'student'"):
+        density_proxy(torch.ones(1, 1, 1, 1), kind="students")
+    for contrast in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"contrast is {contrast}"):
+            AnomalyMapGenerator(contrast=contrast)
     for fraction in (0, 1.5):
         with pytest.raises(ValueError, match=f"top_fraction is {fraction}"):
             AnomalyMapGenerator(top_fraction=fraction)

@@ -30,13 +30,18 @@ def test_packaged_weights_know_an_espresso() -> None:
 
 
 def test_default_features_are_timms() -> None:
-    model = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=[2, 3], pretrained=False).eval()
+    model = timm.create_model(
+        "tf_efficientnet_lite0", features_only=True, out_indices=[1, 2, 3], pretrained=False
+    ).eval()
     state = packaged_weights()
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     images = torch.randn(2, 3, 96, 64)
     with torch.no_grad():
-        fine, coarse = model(images)
-    assert torch.equal(FeatureExtractor()(images), coarse)
+        finest, fine, coarse = model(images)
+    stacked = FeatureExtractor(merge="coarsest")(images)
+    assert torch.equal(stacked[:, -112:], coarse)
+    for maps, part in ((finest, stacked[:, :24]), (fine, stacked[:, 24:64])):
+        torch.testing.assert_close(part, F.interpolate(maps, size=coarse.shape[-2:], mode="bilinear"))
     layers = ["blocks.2", "blocks.4"]
     extractor = FeatureExtractor(layers=layers)
     assert extractor.out_channels == 40 + 112

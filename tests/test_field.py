@@ -68,3 +68,16 @@ def test_bad_arguments() -> None:
         get_field("unet", 3, width=7)
     with pytest.raises(ValueError, match="depth is 0: the 'pointwise' network needs at least 1"):
         get_field("pointwise", 3, depth=0)
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_layers_have_networks_of_their_own(name: str) -> None:
+    field = get_field(name, [2, 3], width=8, depth=1).eval()
+    x, t = torch.randn(2, 5, 8, 8), torch.rand(2)
+    with torch.no_grad():
+        v = field(x, t)
+        torch.testing.assert_close(v[:, :2], field.fields[0](x[:, :2], t))
+        torch.testing.assert_close(v[:, 2:], field.fields[1](x[:, 2:], t))
+    assert field.pointwise == (name == "pointwise")
+    assert field.min_size == field.fields[0].min_size
+    assert not hasattr(get_field(name, [3], width=8), "fields")

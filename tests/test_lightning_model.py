@@ -190,9 +190,9 @@ def test_refitting_fits_the_normalisation_again(parts: SyntheticParts, tmp_path:
     """The statistics are those of the second training set alone, also after an aborted first pass."""
     module = as_mvtec(parts)
     model, other = WTFlow(max_epochs=1, **SMALL), WTFlow(max_epochs=1, **SMALL)
-    model.model.normalization.update(torch.randn(8, 112, 4, 4) + 5)
+    model.model.normalization.update(torch.randn(8, 176, 4, 4) + 5)
     model.model.normalization.finalize()
-    model.model.normalization.update(torch.randn(8, 112, 4, 4) - 5)
+    model.model.normalization.update(torch.randn(8, 176, 4, 4) - 5)
     for each in (model, other):
         quiet_engine(tmp_path).fit(each, datamodule=module)
     torch.testing.assert_close(model.model.normalization.mean, other.model.normalization.mean)
@@ -274,7 +274,7 @@ def test_broken_weights_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_p
     class Breaks(WTFlow):
         def on_train_batch_end(self, *args):
             if self.current_epoch == 1:
-                torch.nn.init.constant_(self.model.field.head.weight, math.nan)
+                torch.nn.init.constant_(self.model.field.fields[0].head.weight, math.nan)
 
     engine = quiet_engine(tmp_path)
     with pytest.raises(RuntimeError, match=r"The (scores|training loss) became (NaN|nan).* in epoch 1"):
@@ -307,7 +307,7 @@ def test_batch_of_one(parts: SyntheticParts, tmp_path: Path) -> None:
         ValueError, match=r"coupling 'worst' rearranges noise .* batch size is 1: raise --data.train_batch_size"
     ):
         quiet_engine(tmp_path).fit(WTFlow(coupling="worst", max_epochs=1, **SMALL), datamodule=module)
-    model = WTFlow(max_epochs=1, network="unet", width=8, merge="finest", **SMALL)
+    model = WTFlow(max_epochs=1, coupling="worst_of_two", network="unet", width=8, merge="finest", **SMALL)
     quiet_engine(tmp_path).fit(model, datamodule=module)
     assert model.post_processor.image_threshold.isfinite()
 

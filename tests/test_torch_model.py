@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 import anomalib_wtflow
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.anomaly_map import density_proxy
+from anomalib_wtflow.fit import thin
 
 SOURCE = Path(anomalib_wtflow.__file__).parent
 
@@ -27,8 +28,9 @@ def fitted(**kwargs: object) -> WTFlowModel:
 
 def test_one_step_formula() -> None:
     """y = x0 + v((1 - t_s) x0, t_s), and t_s = 0 is the paper's one-step inference."""
+    paper = {"layers": ["blocks.4"], "density": "gaussian", "image_score": "map", "contrast": 0.0, "sigma": 0.0}
     for start_time in (0.0, 0.3):
-        model = fitted(start_time=start_time, path="linear", sigma=0.0)
+        model = fitted(start_time=start_time, path="linear", **paper)
         features = model.extract(torch.randn(2, 3, 64, 64))
         x0 = model.normalization(features)
         y = x0 + model.field((1 - start_time) * x0, torch.full((2,), start_time))
@@ -37,6 +39,24 @@ def test_one_step_formula() -> None:
         result = model.predict(features, (64, 64))
         torch.testing.assert_close(result.anomaly_map, up)
         torch.testing.assert_close(result.pred_score, up.flatten(1).topk(123).values.mean(1))
+
+
+def test_thinning_takes_every_second_position() -> None:
+    x = torch.arange(2 * 3 * 6 * 5.0).reshape(2, 3, 6, 5)
+    offsets = {(i, j): x[..., i::2, j::2] for i in range(2) for j in range(2)}
+    drawn = [next(k for k, part in offsets.items() if part.shape == y.shape and part.equal(y)) for y in
+             (thin(x, 2) for _ in range(60))]  # fmt: skip
+    assert set(drawn) == set(offsets)
+    assert thin(x, 1) is x
+    assert thin(x, 7) is x
+
+
+def test_only_pointwise_fields_are_thinned() -> None:
+    features = torch.randn(2, 176, 16, 16)
+    for network, side in (("pointwise", 8), ("unet", 16)):
+        model = fitted(network=network, width=8, coupling="worst_of_two")
+        prediction, velocity = model.regress(features)
+        assert prediction.shape == velocity.shape == (2, 176, side, side)
 
 
 def test_several_steps_follow_the_mean_velocity() -> None:
@@ -49,7 +69,7 @@ def test_several_steps_follow_the_mean_velocity() -> None:
 
 def test_regression_target() -> None:
     """On the linear path the target is eps - x0, and the noise never points towards the data."""
-    model = fitted(path="linear", coupling="worst_of_two").train()
+    model = fitted(path="linear", coupling="worst_of_two", thinning=1).train()
     features = model.extract(torch.randn(3, 3, 64, 64))
     x0 = model.normalization(features)
     prediction, velocity = model.regress(features)
@@ -94,6 +114,12 @@ def test_errors() -> None:
         WTFlowModel(network="unet", width=8)(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="start_time is 1"):
         WTFlowModel(start_time=1.0)
+    with pytest.raises(ValueError, match="thinning is 0: give a stride of at least 1"):
+        WTFlowModel(thinning=0)
+    with pytest.raises(ValueError, match="Unknown fields 'layer': "):
+        WTFlowModel(fields="layer")
+    with pytest.raises(ValueError, match="Unknown density 'cauchy': choose one of gaussian, student"):
+        WTFlowModel(density="cauchy")
     with pytest.raises(ValueError, match="Unknown coupling 'nearest'"):
         WTFlowModel(coupling="nearest")
 

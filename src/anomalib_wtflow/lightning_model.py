@@ -43,7 +43,7 @@ from anomalib_wtflow.torch_model import WTFlowModel
 class WTFlow(EpochDefault, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
-    The first 24 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
+    The first 25 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
     (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
 
     Args:
@@ -63,6 +63,8 @@ class WTFlow(EpochDefault, AnomalibModule):
         s_min: Noise level of the path at t = 0.
         coupling: ``independent``, ``optimal``, ``optimal_image``, ``worst``, ``worst_image``, ``worst_local``,
             ``worst_of_two`` or ``antipodal``.
+        thinning: Stride of the positions that a training step takes of each map; 1 for all. Networks that see a
+            neighbourhood always take all.
         solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, ``dopri5``, ``dopri8``, ``bosh3``,
             ``fehlberg2`` or ``adaptive_heun``.
         steps: Steps of the first three at inference.
@@ -117,6 +119,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         path: PathName = "variance_preserving",
         s_min: float = 0.01,
         coupling: CouplingName = "worst",
+        thinning: int = 2,
         solver: SolverName = "euler",
         steps: int = 1,
         start_time: float = 0.3,
@@ -183,6 +186,7 @@ class WTFlow(EpochDefault, AnomalibModule):
                 path=path,
                 s_min=s_min,
                 coupling=coupling,
+                thinning=thinning,
                 solver=solver,
                 steps=steps,
                 start_time=start_time,
@@ -255,7 +259,7 @@ class WTFlow(EpochDefault, AnomalibModule):
             ValueError: If the checkpoint was trained with other settings of the torch model.
         """
         theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
-        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers", "coupling"}
+        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers", "coupling", "thinning"}
         differing = sorted(name for name in names & set(theirs) if theirs[name] != ours[name])
         if list(theirs.get("layers") or []) != list(ours["layers"] or []):
             differing.append("layers")

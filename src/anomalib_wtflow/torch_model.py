@@ -12,7 +12,7 @@ from anomalib_wtflow.anomaly_map import DENSITIES, AnomalyMapGenerator, density_
 from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
 from anomalib_wtflow.field import Field, get_field
-from anomalib_wtflow.fit import regress
+from anomalib_wtflow.fit import regress, thin
 from anomalib_wtflow.normalization import get_normalization
 from anomalib_wtflow.path import ProbabilityPath
 from anomalib_wtflow.solver import get_solver
@@ -42,6 +42,8 @@ class WTFlowModel(nn.Module):
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
         coupling: One of :data:`anomalib_wtflow.coupling.COUPLINGS`.
+        thinning: Stride of the positions that a training step takes of each map; 1 for all. Networks that see a
+            neighbourhood always take all.
         solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, one of torchdiffeq's
             :data:`anomalib_wtflow.solver.ADAPTIVE_SOLVERS`.
         steps: Steps of the first three.
@@ -77,6 +79,7 @@ class WTFlowModel(nn.Module):
         path: str = "variance_preserving",
         s_min: float = 0.01,
         coupling: str = "worst",
+        thinning: int = 2,
         solver: str = "euler",
         steps: int = 1,
         start_time: float = 0.3,
@@ -91,6 +94,10 @@ class WTFlowModel(nn.Module):
         if not 0 <= start_time < 1:
             msg = f"start_time is {start_time}: choose a time in [0, 1)."
             raise ValueError(msg)
+        if thinning < 1:
+            msg = f"thinning is {thinning}: give a stride of at least 1, which takes all positions."
+            raise ValueError(msg)
+        self.thinning = thinning
         self.path = ProbabilityPath(path, s_min)
         self.coupling = get_coupling(coupling)
         self.solver = get_solver(solver, steps)
@@ -141,8 +148,10 @@ class WTFlowModel(nn.Module):
             features: Backbone features ``(N, C, H, W)``.
 
         Returns:
-            ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H, W)``.
+            ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H', W')``, at the positions that ``thinning`` leaves.
         """
+        if self.field.pointwise:
+            features = thin(features, self.thinning)
         return regress(self.field, self.normalization(features), self.path, self.coupling)
 
     def flow(self, x0: Tensor) -> Tensor:
