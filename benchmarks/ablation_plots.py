@@ -73,8 +73,9 @@ def plot_start_times(lines: list[dict[str, Any]], factor: str, output: Path) -> 
         for axis, (metric, title) in zip(row, SHOWN.items(), strict=True):
             times = [line["setting"]["start_time"] for line in here]
             axis.plot(times, [line["metrics"][metric] for line in here], "o-", color=BEST, label="flow")
-            control = max(values[metric] for values in whitened)
-            axis.axhline(control, color=OTHER, ls="--", label="whitened, no flow (best ridge)")
+            if whitened:
+                control = max(values[metric] for values in whitened)
+                axis.axhline(control, color=OTHER, ls="--", label="whitened, no flow (best ridge)")
             axis.set_title(f"{NAMES[data]}: {title}", fontsize=9)
             axis.tick_params(labelsize=8)
             axis.spines[["top", "right"]].set_visible(False)

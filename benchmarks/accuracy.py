@@ -100,7 +100,7 @@ def spread(values: list[float]) -> str:
 def note(row: str, settings: dict[str, Any]) -> str:
     """Name a row, with what differs between data sets."""
     ratio = settings.get("coreset_sampling_ratio")
-    return f"{row} ({ratio:.0%} coreset)" if ratio else row
+    return f"{row} ({100 * ratio:g} % coreset)" if ratio else row
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
@@ -114,10 +114,10 @@ def tables(runs: list[dict[str, Any]]) -> str:
             "| model | seeds | " + " | ".join(METRICS.values()) + " | parameters | training |",
             "|---" * (len(METRICS) + 4) + "|",
         ]
-        for row in ROWS:
-            ours = [run for run in here if run["model"] == row]
-            if not ours:
-                continue
+        groups = {identity({**run, "seed": None}): run for run in here}
+        for group, one in sorted(groups.items(), key=lambda item: list(ROWS).index(item[1]["model"])):
+            ours = [run for run in here if identity({**run, "seed": None}) == group]
+            row = one["model"]
             cells = [spread([run["metrics"][name] for run in ours]) for name in METRICS]
             seconds = statistics.median(run["fit_seconds"] for run in ours)
             lines.append(
@@ -132,14 +132,14 @@ def tables(runs: list[dict[str, Any]]) -> str:
 def quick(given: argparse.Namespace) -> int:
     """Run the quick subset, and compare it with the committed figures."""
     start, wrong = time.perf_counter(), 0
-    published = {(r["model"], r["data"], r["seed"]): r for r in read(given.output)}
+    published = {identity(r): r for r in read(given.output)}
     console = Console()
     for key in QUICK:
         console.print(f"{key[0]} on {key[1]}, seed {key[2]} …")
         result = run(*key, given.root, None)
         for name, title in METRICS.items():
             here = result["metrics"][name]
-            there = published.get(key, {"metrics": {}})["metrics"].get(name)
+            there = published.get(identity(result), {"metrics": {}})["metrics"].get(name)
             held = there is not None and abs(here - there) <= REPRODUCED
             wrong += not held
             verdict = "reproduced" if held else "NOT reproduced"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set in MVTec's layout, which anomalib's MVTecAD reads: category `dummy`."""
     root = tmp_path_factory.mktemp("mvtecad")
-    sets = [("train/good", 10, None), ("test/good", 4, None), ("test/bad", 4, "missing")]
+    sets = [("train/good", 30, None), ("test/good", 4, None), ("test/bad", 4, "missing")]
     for seed, (name, count, defect) in enumerate(sets):
         folder = root / "dummy" / name
         folder.mkdir(parents=True)
@@ -43,7 +43,7 @@ def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def objects(dataset_path: Path, project_path: Path, **kwargs: object):
     seed_everything(0)
     datamodule = MVTecAD(root=dataset_path, category="dummy", train_batch_size=2, num_workers=0)
-    engine = quiet_engine(project_path, max_epochs=1, devices=1, **kwargs)
+    engine = quiet_engine(project_path, max_epochs=10, devices=1, **kwargs)
     return get_model("WTFlow", false_alarm_rate=0.4), datamodule, engine
 
 
@@ -58,7 +58,7 @@ def checkpoint(dataset_path: Path, project_path: Path) -> Path:
 
 def test_fit(checkpoint: Path) -> None:
     state = torch.load(checkpoint, weights_only=False)
-    assert state["global_step"] == 4  # 8 of the 10 images, 2 a batch
+    assert state["global_step"] == 120  # 24 of the 30 images, 2 a batch, 10 epochs
     assert state["state_dict"]["post_processor._image_threshold"] > 0
 
 
