@@ -70,10 +70,11 @@ class Memo:
     def wrap(self, network: nn.Module) -> None:
         """Put the memo before a timm feature network, which must be frozen and in evaluation mode.
 
-        Its parameters take part in the key, so that two backbones never share a feature.
+        Its parameters and layers take part in the key, so that two backbones never share a feature.
         """
         forward = network.forward
-        identity = float(sum(p.double().abs().sum() for p in network.parameters()))
+        layers = tuple(network.feature_info.module_name()) if hasattr(network, "feature_info") else ()
+        identity = (float(sum(p.double().abs().sum() for p in network.parameters())), layers)
 
         def remembered(images: Tensor) -> list[Tensor]:
             keys = [(identity, hash(image.numpy().tobytes())) for image in images]

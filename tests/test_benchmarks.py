@@ -64,6 +64,16 @@ def test_memo_does_not_mix_networks():
     assert second(image)[0].unique() == 3
 
 
+def test_memo_tells_the_layers_of_one_backbone_apart():
+    memo, image = rows.Memo(), torch.randn(1, 3, 64, 64)
+    for layers in (["blocks.2", "blocks.4"], ["blocks.4"]):
+        network = rows.FeatureExtractor(layers=layers).network
+        expected = network(image)
+        memo.wrap(network)
+        assert len(network(image)) == len(layers)
+        assert torch.equal(network(image)[-1], expected[-1])
+
+
 def test_squash_keeps_ranks_of_large_scores():
     scores = torch.tensor([-500.0, -1.0, 0.0, 1e-3, 1.0, 40.0, 40.001, 5000.0])
     batch = ImageBatch(
