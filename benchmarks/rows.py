@@ -230,18 +230,6 @@ ROWS: dict[str, Row] = {
     "Padim": Row(lambda **kwargs: neighbours(Padim, **kwargs), {"n_features": 100}),
     "FastFlow": Row(LiteFastflow, {"max_epochs": 20}),
     "No flow": Row(NoFlow, {"normalization": "whitening"}, seeded=False),
-    "Mahalanobis": Row(
-        NoFlow,
-        {
-            "layers": list(LAYERS),
-            "fields": "joint",
-            "normalization": "whitening",
-            "density": "gaussian",
-            "image_score": "map",
-            "contrast": 0.0,
-        },
-        seeded=False,
-    ),
     "Nearest neighbour": Row(NearestNeighbour, {}, seeded=False),
 }
 EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {

@@ -68,7 +68,8 @@ class AnomalyMapGenerator(nn.Module):
         top_fraction: Share of the values that makes the image score, in (0, 1].
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
         image_score: ``map`` or ``features``.
-        contrast: Share of the image's mean that is taken off, in [0, 1); where all is foreign, the rest remains.
+        contrast: Share of the image's mean that is taken off, in [0, 1). Above 0 the score falls as a fault
+            spreads over the image: choose 0 where a wrong part is possible.
         channels: Channels C_l of each layer; None for a single one.
 
     Raises:
