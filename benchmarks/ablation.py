@@ -87,16 +87,9 @@ class Setting:
 
 START = Setting()
 """What the factors are varied around."""
-INFERENCE = (
-    "start_time",
-    "steps",
-    "density",
-    "anomaly_map",
-    "smoothing",
-    "top_fraction",
-    "image_score",
-    "contrast",
-)
+SCORE = ("density", "anomaly_map", "smoothing", "top_fraction", "image_score", "contrast")
+"""What turns end points of the flow into a map and a score."""
+INFERENCE = ("start_time", "steps", *SCORE)
 """What does not need another training."""
 FEATURES = (
     "strides",
@@ -105,12 +98,7 @@ FEATURES = (
     "standardise",
     "normalization",
     "ridge",
-    "density",
-    "anomaly_map",
-    "smoothing",
-    "top_fraction",
-    "image_score",
-    "contrast",
+    *SCORE,
 )
 """What the no-flow control depends on."""
 TIE = 0.25
@@ -487,7 +475,8 @@ def main() -> int:
     ablation = Ablation(given.output, given.cache)
     for factor in given.factors or FACTORS:
         chosen = winner(ablation.run(factor, base, given.seeds), base)
-        print(f"{factor}: {label(jsonable(chosen), list(FACTORS[factor][-1]))}", flush=True)
+        varied = list(dict.fromkeys(name for change in FACTORS[factor] for name in change))
+        print(f"{factor}: {label(jsonable(chosen), varied)}", flush=True)
     return 0
 
 
