@@ -37,11 +37,13 @@ from anomalib_wtflow.coupling import get_coupling
 from anomalib_wtflow.feature_extractor import FeatureExtractor
 from anomalib_wtflow.field import get_field
 from anomalib_wtflow.fit import thin
+from anomalib_wtflow.lightning_model import LIMIT_IMAGES
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.normalization import NORMALIZATIONS, Whitening
 from anomalib_wtflow.path import ProbabilityPath
 from anomalib_wtflow.schedule import SCHEDULERS
 from anomalib_wtflow.solver import get_solver
+from anomalib_wtflow.time_sampling import get_time_sampling
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 SETS = ("mvtec_bottle", "magnetic_tile")
@@ -69,8 +71,9 @@ class Setting:
     path: str = "variance_preserving"
     coupling: str = "worst"
     thinning: int = 2
+    time_sampling: str = "logit_normal"
     blocks: int = 1
-    epochs: int = 20
+    epochs: int = 40
     batch_size: int = 32
     learning_rate: float = 3e-3
     scheduler: str = "cosine"
@@ -82,12 +85,14 @@ class Setting:
     top_fraction: float = 0.03
     image_score: str = "features"
     contrast: float = 0.5
+    limit: bool = True
+    score_window: int = 3
     seed: int = 0
 
 
 START = Setting()
 """What the factors are varied around."""
-SCORE = ("density", "anomaly_map", "smoothing", "top_fraction", "image_score", "contrast")
+SCORE = ("density", "anomaly_map", "smoothing", "top_fraction", "image_score", "contrast", "limit", "score_window")
 """What turns end points of the flow into a map and a score."""
 INFERENCE = ("start_time", "steps", *SCORE)
 """What does not need another training."""
@@ -118,6 +123,9 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "image score": [
         *({"contrast": share} for share in (0.0, 0.25, 0.5, 0.75)),
+        {"limit": False},
+        {"score_window": 1},
+        {"score_window": 5},
         {"image_score": "map"},
         {"image_score": "map", "contrast": 0.0},
         *({"top_fraction": share} for share in (0.01, 0.1)),
@@ -135,9 +143,17 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"normalization": "whitening", "ridge": 0.3},
         {"normalization": "layer_norm"},
     ],
-    "network": [{"width": 128}, {"width": 256}, {"width": 256, "depth": 1}, {"network": "unet", "width": 32}],
-    "training": [{"epochs": 10}, {"epochs": 20}, {"epochs": 40}, {"learning_rate": 1e-3}, {"scheduler": "step"}],
+    "network": [
+        *({"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))),
+        {"network": "unet", "width": 32},
+    ],
+    "training": [
+        *({"epochs": epochs} for epochs in (10, 20, 40, 80)),
+        {"learning_rate": 1e-3},
+        {"scheduler": "step"},
+    ],
     "pool": [{"pool": size} for size in (1, 3, 5)],
+    "time sampling": [{"time_sampling": name} for name in ("uniform", "logit_normal")],
     "time": [{"blocks": 1}, {"blocks": 2}],
     "thinning": [{"thinning": 1}, {"thinning": 2}, {"thinning": 4}],
 }
@@ -222,6 +238,7 @@ def train(x0: Tensor, setting: Setting) -> tuple[nn.Module, float]:
     layers = channels(setting) if setting.fields == "per_layer" else sum(channels(setting))
     field = get_field(setting.network, layers, setting.width, setting.depth)
     path, coupling, loss = ProbabilityPath(setting.path), get_coupling(setting.coupling), WTFlowLoss()
+    times = get_time_sampling(setting.time_sampling, setting.start_time or START.start_time)
     optimizer = torch.optim.AdamW(field.parameters(), lr=setting.learning_rate, weight_decay=1e-2)
     batches = -(-len(x0) // setting.batch_size)
     schedule = SCHEDULERS[setting.scheduler](setting.epochs * batches)
@@ -231,7 +248,7 @@ def train(x0: Tensor, setting: Setting) -> tuple[nn.Module, float]:
     for _ in range(setting.epochs):
         for batch in x0[torch.randperm(len(x0))].split(setting.batch_size):
             points = split(thin(batch, setting.thinning) if field.pointwise else batch, setting.blocks)
-            sample = path.sample(points, coupling(points, torch.randn_like(points)), torch.rand(len(points)))
+            sample = path.sample(points, coupling(points, torch.randn_like(points)), times(len(points)))
             optimizer.zero_grad()
             loss(field(sample.x_t, sample.t), sample.velocity).backward()
             optimizer.step()
@@ -252,12 +269,26 @@ def end_points(field: nn.Module, x0: Tensor, setting: Setting, start_time: float
     return torch.cat(out)
 
 
-def score(y: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Image scores, and every fourth pixel of the maps in each direction."""
-    layers = channels(setting)
+def score(y: Tensor, reference: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Image scores, and every fourth pixel of the maps in each direction.
+
+    Args:
+        y: End points of the test images.
+        reference: Those of training images, which set the limit of the contrast.
+        setting: The setting.
+    """
+    layers = channels(setting) if setting.fields == "per_layer" else [sum(channels(setting))]
     generator = AnomalyMapGenerator(
-        setting.anomaly_map, setting.top_fraction, setting.smoothing, setting.image_score, setting.contrast, layers
+        setting.anomaly_map,
+        setting.top_fraction,
+        setting.smoothing,
+        setting.image_score,
+        setting.contrast,
+        layers,
+        setting.score_window,
     )
+    if setting.limit:
+        generator.observe(density_proxy(reference, layers, setting.density), (256, 256))
     scores, maps = [], []
     for batch in y.split(64):
         anomaly_map, image_score = generator(density_proxy(batch, layers, setting.density), (256, 256))
@@ -266,9 +297,9 @@ def score(y: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
     return torch.cat(scores), torch.cat(maps)
 
 
-def measure(y: Tensor, images: Images, setting: Setting) -> dict[str, float]:
+def measure(y: Tensor, reference: Tensor, images: Images, setting: Setting) -> dict[str, float]:
     """All six metrics."""
-    scores, pixels = score(y, setting)
+    scores, pixels = score(y, reference, setting)
     aupro = _AUPRO(fpr_limit=0.3)
     aupro.update(pixels, images.masks)
     label, mask = images.labels.numpy(), images.masks.flatten().numpy()
@@ -412,14 +443,17 @@ class Ablation:
                     torch.save(self.loaded[data], file)
         return self.loaded[data]
 
-    def field(self, data: str, setting: Setting) -> tuple[nn.Module, Tensor, float]:
-        """Return the trained field, the test set's features and the seconds of training; the last one is kept."""
+    def field(self, data: str, setting: Setting) -> tuple[nn.Module, Tensor, Tensor, float]:
+        """Return the trained field, features of the test set and of training images, and the seconds of training.
+
+        The last one is kept.
+        """
         training = (data, replace(setting, **{name: getattr(START, name) for name in INFERENCE}))
         if not self.trained or self.trained[0] != training:
             images = self.images(data)
             x, y = normalise(features(images.train, setting), features(images.test, setting), setting)
             field, seconds = train(x, setting)
-            self.trained = (training, field, y, seconds)
+            self.trained = (training, field, y, x[torch.randperm(len(x))[:LIMIT_IMAGES]], seconds)
         return self.trained[1:]
 
     def run(self, factor: str, base: Setting, seeds: list[int]) -> list[dict[str, Any]]:
@@ -445,11 +479,12 @@ class Ablation:
 
     def line(self, data: str, setting: Setting) -> dict[str, Any]:
         """Measure one setting on one data set."""
-        field, features, seconds = self.field(data, setting)
+        field, features, training, seconds = self.field(data, setting)
+        ends = [end_points(field, x, setting, setting.start_time) for x in (features, training)]
         return {
             "data": data,
             "setting": jsonable(setting),
-            "metrics": measure(end_points(field, features, setting, setting.start_time), self.images(data), setting),
+            "metrics": measure(*ends, self.images(data), setting),
             "parameters": sum(p.numel() for p in field.parameters()),
             "seconds": round(seconds, 1),
         }

@@ -20,6 +20,8 @@ from ablation import START, Ablation, Images, Setting, end_points, features, jso
 from lines import append, read
 from torch import Tensor
 
+from anomalib_wtflow.lightning_model import LIMIT_IMAGES
+
 RESULTS = Path(__file__).parent / "results" / "contribution.json"
 DATA = ("mvtec_bottle", "magnetic_tile", "synthetic")
 COUPLINGS = ("independent", "worst_of_two", "worst")
@@ -71,12 +73,13 @@ def variant(ablation: Ablation, data: str, setting: Setting) -> tuple[dict[str, 
     """Measure one setting: its metrics, image scores and pixel counts."""
     images: Images = ablation.images(data)
     if setting.start_time is None:
-        _, y = normalise(features(images.train, setting), features(images.test, setting), setting)
+        x, y = normalise(features(images.train, setting), features(images.test, setting), setting)
+        ends = [y, x[:: len(x) // LIMIT_IMAGES + 1]]
     else:
-        field, x, _ = ablation.field(data, setting)
-        y = end_points(field, x, setting, setting.start_time)
-    scores, pixels = score(y, setting)
-    return measure(y, images, setting), scores.numpy(), histograms(pixels, images.masks)
+        field, *both, _ = ablation.field(data, setting)
+        ends = [end_points(field, x, setting, setting.start_time) for x in both]
+    scores, pixels = score(*ends, setting)
+    return measure(*ends, images, setting), scores.numpy(), histograms(pixels, images.masks)
 
 
 def contribution(ablation: Ablation, data: str, base: Setting, seeds: list[int]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from anomalib_wtflow.field import PointwiseField
 from anomalib_wtflow.fit import regress
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.path import ProbabilityPath
+from anomalib_wtflow.time_sampling import uniform
 
 CHANNELS = 152
 DEFAULT = "worst"
@@ -56,7 +57,7 @@ def training_step(batch: int, side: int) -> float:
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(*regress(field, x0, path, COUPLINGS["independent"])).backward()
+        loss(*regress(field, x0, path, COUPLINGS["independent"], uniform(0.0))).backward()
         optimizer.step()
 
     return seconds(step)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning import seed_everything
 
@@ -46,3 +47,12 @@ def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Simpl
 def quiet_engine(root: Path, **kwargs: object) -> Engine:
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Engine(default_root_dir=root, **{**options, **kwargs})
+
+
+def as_mvtec(parts: SyntheticParts, **kwargs: object) -> Folder:
+    """The same images with validation = test, as anomalib's MVTecAD has it."""
+    parts.prepare_data()
+    options = {"val_split_mode": "same_as_test", "num_workers": 0, "train_batch_size": 8, **kwargs}
+    return Folder(
+        "parts", "train/good", parts.root, "test/scratch", "test/good", "ground_truth/scratch", **options
+    )  # fmt: skip

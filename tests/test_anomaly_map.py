@@ -132,3 +132,54 @@ def test_bad_arguments() -> None:
     for sigma in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"sigma is {sigma}"):
             AnomalyMapGenerator(sigma=sigma)
+
+
+@pytest.mark.parametrize("image_score", ["map", "features"])
+def test_contrast_takes_off_no_more_than_the_limit(image_score: str) -> None:
+    """Training images of mean 0.25 to 1: a foreign image keeps what it has above, a good one is as without a limit."""
+    generator = AnomalyMapGenerator(image_score=image_score, contrast=0.5, top_fraction=0.01)
+    training = -torch.rand(8, 1, 4, 4) - torch.linspace(0, 0.5, 8).view(8, 1, 1, 1)
+    generator.observe(training, (16, 16))
+    anomaly_map = generator.map(training, (16, 16))
+    largest = (anomaly_map if image_score == "map" else -training).mean((1, 2, 3)).max()
+    torch.testing.assert_close(generator.limit, largest)
+    for level in (0.2, 1.5, 4.0):
+        _, score = generator(torch.full((1, 1, 4, 4), -level), (16, 16))
+        torch.testing.assert_close(score, torch.tensor([level - 0.5 * min(level, float(largest))]))
+    assert generator.without_limit().limit.isinf()
+    assert generator.limit.isfinite()
+
+
+def test_more_of_a_fault_never_scores_less_beyond_the_limit() -> None:
+    """Foreign all over at 1.25 against a good image, at the limit, with a few positions at 1.3."""
+    generator = AnomalyMapGenerator(image_score="features", contrast=0.5)
+    good = torch.full((1, 1, 16, 16), -0.3)
+    generator.observe(good, (64, 64))
+    spot = good.clone()
+    spot[..., 4:6, 4:8] = -1.3
+    scores = [generator(image, (64, 64))[1].item() for image in (good, spot, torch.full_like(good, -1.25))]
+    assert scores == pytest.approx([0.15, 1.15, 1.1])  # without a limit the last would be 0.625
+    spread = [
+        generator(-(0.3 + 0.9 * (torch.rand(16 * 16).argsort() < count)).view(1, 1, 16, 16), (64, 64))[1].item()
+        for count in (8, 64, 128, 256)
+    ]
+    assert spread == pytest.approx([1.05] * 4)
+
+
+def test_score_window() -> None:
+    """Means over 3 x 3 positions, fewer at the borders, before the largest are taken."""
+    log_density = -torch.rand(2, 1, 5, 6)
+    generator = AnomalyMapGenerator(image_score="features", top_fraction=0.1, score_window=3)
+    _, score = generator(log_density, (20, 24))
+    values = -log_density[:, 0].numpy()
+    for image, got in zip(values, score.tolist(), strict=True):
+        means = [image[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean() for i in range(5) for j in range(6)]
+        assert got == pytest.approx(np.sort(means)[-3:].mean(), rel=1e-5)
+    with pytest.raises(ValueError, match="score_window is 2: choose an odd number"):
+        AnomalyMapGenerator(score_window=2)
+
+
+def test_layers_must_be_those_announced() -> None:
+    generator = AnomalyMapGenerator(image_score="features", channels=[1, 2, 3])
+    with pytest.raises(ValueError, match="The density proxy has 2 layers and the generator 3"):
+        generator(torch.zeros(1, 2, 4, 4), (8, 8))

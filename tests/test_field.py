@@ -24,7 +24,7 @@ def test_paper_size() -> None:
 
 
 def test_pointwise_size() -> None:
-    channels, width, depth = 152, 256, 3
+    channels, width, depth = 152, 256, 1
     expected = (channels + 1) * width + depth * 3 * (width + 1) * width + (width + 1) * channels
     assert parameters(get_field("pointwise", channels)) == expected < 5_000_000
 

@@ -14,18 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.post_processor import conformal_threshold
-from conftest import quiet_engine
+from conftest import as_mvtec, quiet_engine
 
 SMALL = {"image_size": 64, "false_alarm_rate": 0.3}  # a rate that three calibration images support
-
-
-def as_mvtec(parts: SyntheticParts, **kwargs: object) -> Folder:
-    """The same images with validation = test, as anomalib's MVTecAD has it."""
-    parts.prepare_data()
-    options = {"val_split_mode": "same_as_test", "num_workers": 0, "train_batch_size": 8, **kwargs}
-    return Folder(
-        "parts", "train/good", parts.root, "test/scratch", "test/good", "ground_truth/scratch", **options
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -108,7 +99,7 @@ def test_threshold_from_a_slice_of_the_training_set(parts: SyntheticParts, tmp_p
             return super().training_step(batch, *args, **kwargs)
 
     module = as_mvtec(parts)
-    model = Spy(max_epochs=1, calibration_ratio=0.25, **SMALL)
+    model = Spy(max_epochs=1, calibration_ratio=0.25, feature_cache=0, **SMALL)
     chosen: list[list[str]] = []
     calibrate = model.post_processor._calibrate
     model.post_processor._calibrate = lambda *args: (
@@ -294,11 +285,20 @@ def test_infinite_scores_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_
 
 def test_a_checkpoint_of_other_settings_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
     """start_time and the rest would load without an error, and change the scores under the same threshold."""
-    message = r"trained with network='pointwise' \(here 'unet'\), start_time=0.3 \(here 0.0\): give the model the same"
+    message = r"trained with network='pointwise' \(here 'unet'\), start_time=0.3 \(here 0.2\): give the model the same"
     with pytest.raises(ValueError, match=message):
         quiet_engine(tmp_path).test(
-            WTFlow(start_time=0.0, network="unet"), datamodule=trained.parts, ckpt_path=trained.checkpoint
+            WTFlow(start_time=0.2, network="unet"), datamodule=trained.parts, ckpt_path=trained.checkpoint
         )
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """What it does not say about its settings is not guessed."""
+    old = torch.load(trained.checkpoint, weights_only=False)
+    del old["hyper_parameters"]["score_window"]
+    torch.save(old, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="The checkpoint has no score_window, so an earlier version wrote it: train"):
+        quiet_engine(tmp_path).test(WTFlow(image_size=128), datamodule=trained.parts, ckpt_path=tmp_path / "old.ckpt")
 
 
 def test_batch_of_one(parts: SyntheticParts, tmp_path: Path) -> None:

@@ -28,7 +28,14 @@ def fitted(**kwargs: object) -> WTFlowModel:
 
 def test_one_step_formula() -> None:
     """y = x0 + v((1 - t_s) x0, t_s), and t_s = 0 is the paper's one-step inference."""
-    paper = {"layers": ["blocks.4"], "density": "gaussian", "image_score": "map", "contrast": 0.0, "sigma": 0.0}
+    paper = {
+        "layers": ["blocks.4"],
+        "time_sampling": "uniform",
+        "density": "gaussian",
+        "image_score": "map",
+        "contrast": 0.0,
+        "sigma": 0.0,
+    }
     for start_time in (0.0, 0.3):
         model = fitted(start_time=start_time, path="linear", **paper)
         features = model.extract(torch.randn(2, 3, 64, 64))
@@ -145,3 +152,11 @@ def test_no_import_cycles() -> None:
     assert graph["torch_model"] >= {"path", "coupling", "field", "solver", "normalization"}
     graph.pop("__init__")  # its imports are for type checkers only
     list(TopologicalSorter(graph).static_order())
+
+
+def test_one_density_for_one_field() -> None:
+    """A joint field has the paper's density proxy over all channels, not the mean over the layers."""
+    y = torch.randn(2, 176, 3, 3)
+    joint = fitted(fields="joint", density="gaussian")
+    torch.testing.assert_close(joint.log_density(y), -0.5 * y.square().mean(1, keepdim=True))
+    assert fitted().log_density(y).shape == (2, 3, 3, 3)

@@ -149,7 +149,7 @@ def diagnose(
         "centripetal": figures.centripetal(numbers["flow"]),
         "field": figures.field_over_time(numbers["field"]),
         "histograms": figures.histograms(numbers["scores"]),
-        "gallery": figures.gallery(worst_first(images)[:GALLERY_IMAGES], numbers["scores"]["threshold"]),
+        "gallery": figures.gallery(worst_first(images)[:GALLERY_IMAGES], numbers["scores"]["pixel_threshold"]),
     }
     if log_density is not None:
         numbers["log_density"] = log_density_numbers(model, images, log_density, show)
@@ -298,6 +298,7 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, sho
     return fit_field(
         control, x0, model.model.path, get_coupling("independent"), steps, batch_size,
         model.learning_rate, model.weight_decay,
+        model.model.thinning if model.model.field.pointwise else 1, model.model.times,
         description="Training plain rFM, to compare with" if show.shown else None,
     )  # fmt: skip
 
@@ -388,11 +389,12 @@ def score_numbers(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, Any
 
 def _without_flow(model: WTFlow, images: Sequence[ScoredImage]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The control: scores of images and of pixels by kind from the density proxy of the features, ``y = x0``."""
+    generator = model.model.anomaly_map_generator.without_limit()
     scores: dict[str, list[Tensor]] = {}
     pixels: dict[str, list[Tensor]] = {}
     for image in images:
         log_density = model.model.log_density(image.x0[None].to(model.device))
-        result = model.model.anomaly_map_generator(log_density, image.anomaly_map.shape)
+        result = generator(log_density, image.anomaly_map.shape)
         anomaly_map, score = (values.cpu() for values in result)
         scores.setdefault(image.kind, []).append(score)
         if image.mask is not None:
@@ -498,6 +500,7 @@ def log_density_numbers(
     start = torch_model.start_time
     scale = torch_model.path.coefficients(torch.tensor(start)).a.item()
     pointwise = torch_model.field.pointwise
+    generator = torch_model.anomaly_map_generator.without_limit()
     scores: dict[str, list[list[float]]] = {}
     for image in show(images, "Log-density along the flow", len(images)):
         x = scale * image.x0[None].to(model.device)
@@ -505,7 +508,7 @@ def log_density_numbers(
         samples = x.movedim(1, -1).reshape(-1, channels, 1, 1) if pointwise else x
         values = log_density_along_flow(torch_model.field, samples, start, 1.0, method, solver=LOG_DENSITY_SOLVER)
         log_p = values.view(1, 1, height, width) / channels
-        _, score = torch_model.anomaly_map_generator(log_p, image.anomaly_map.shape)
+        _, score = generator(log_p, image.anomaly_map.shape)
         scores.setdefault(image.kind, []).append([image.score, score.item()])
     both = "normal" in scores and "anomalous" in scores
     columns = {kind: torch.tensor(rows).T for kind, rows in scores.items()}

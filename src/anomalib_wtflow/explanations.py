@@ -94,7 +94,7 @@ def _gallery(numbers: dict[str, Any]) -> Words:
     wrong = (scores["false_alarms"] or 0) + (scores["misses"] or 0)
     return "Worst first", (
         f"The worst false alarms and misses in turn ({wrong} in all), then the images with the highest scores. "
-        "All maps are on one scale, to twice the image threshold; the outline is where one exceeds the pixel threshold."
+        "All maps are on one scale, to twice the pixel threshold; the outline is where one exceeds the pixel threshold."
     )
 
 
@@ -103,7 +103,7 @@ def _log_density(numbers: dict[str, Any]) -> Words:
     measured = "." if proxy is None else f": image AUROC {proxy:.4f} by the proxy, {exact:.4f} by the log-density."
     return "Density proxy and log-density", (
         "Each point is an image: across, the score of the density proxy; up, the score of the log-density along the "
-        "ODE, through the same map. "
+        "ODE, turned into an image score in the same way. "
         f"The second is exact for the learnt flow, up to its solver and divergence, and costs far more{measured}"
     )
 

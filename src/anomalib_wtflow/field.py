@@ -59,7 +59,7 @@ class PointwiseField(nn.Module):
     min_size = 1
     pointwise = True
 
-    def __init__(self, channels: int, width: int = 256, depth: int = 3) -> None:
+    def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
         super().__init__()
         self.embedding = TimeEmbedding(width)
         self.stem = nn.Conv2d(channels, width, 1)

@@ -130,7 +130,7 @@ def histograms(scores: dict[str, Any]) -> Figure:
 
 
 def gallery(images: Sequence[Any], threshold: float | None) -> Figure:
-    """Image, ground truth, anomaly map and predicted mask, a row an image."""
+    """Image, ground truth, anomaly map to twice the pixel threshold, and predicted mask, a row an image."""
     figure, axes = _figure(len(images), 4, 7.4, 1.95 * len(images) + 0.3, squeeze=False)
     top = max(float(image.anomaly_map.max()) for image in images)
     scale = 2 * threshold if threshold else top

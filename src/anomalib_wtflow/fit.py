@@ -1,12 +1,13 @@
 """Regression of a vector field on a probability path, in plain torch."""
 
 from rich.progress import track
-from torch import Tensor, nn, optim, rand, randint, randn_like
+from torch import Tensor, nn, optim, randint, randn_like
 
 from anomalib_wtflow.coupling import Coupling
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.path import ProbabilityPath
 from anomalib_wtflow.schedule import cosine
+from anomalib_wtflow.time_sampling import TimeSampling, uniform
 
 
 def thin(x: Tensor, stride: int) -> Tensor:
@@ -21,8 +22,10 @@ def thin(x: Tensor, stride: int) -> Tensor:
     return x[..., top::stride, left::stride]
 
 
-def regress(field: nn.Module, x0: Tensor, path: ProbabilityPath, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """Return ``v_theta(x_t, t)`` and ``u_t``, which the loss compares, at ``t ~ U(0, 1)``, ``eps ~ N(0, I)`` coupled.
+def regress(
+    field: nn.Module, x0: Tensor, path: ProbabilityPath, coupling: Coupling, times: TimeSampling
+) -> tuple[Tensor, Tensor]:
+    """Return ``v_theta(x_t, t)`` and ``u_t``, which the loss compares, at times drawn, ``eps ~ N(0, I)`` coupled.
 
     Source: arXiv 2508.05461v3.
 
@@ -31,11 +34,12 @@ def regress(field: nn.Module, x0: Tensor, path: ProbabilityPath, coupling: Coupl
         x0: Normalised features, ``(N, C, H, W)``.
         path: Probability path.
         coupling: Which noise goes with which data.
+        times: Draws the times.
 
     Returns:
         The field's prediction and the velocity that it should match, each ``(N, C, H, W)``.
     """
-    sample = path.sample(x0, coupling(x0, randn_like(x0)), rand(len(x0), device=x0.device))
+    sample = path.sample(x0, coupling(x0, randn_like(x0)), times(len(x0)).to(x0.device))
     return field(sample.x_t, sample.t), sample.velocity
 
 
@@ -48,6 +52,8 @@ def fit_field(
     batch_size: int = 32,
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-2,
+    thinning: int = 1,
+    times: TimeSampling | None = None,
     description: str | None = None,
 ) -> nn.Module:
     """Minimise ``E || v_theta(x_t, t) - u_t ||^2`` over features in memory; AdamW under a cosine schedule.
@@ -63,6 +69,8 @@ def fit_field(
         batch_size: Samples a step.
         learning_rate: Peak learning rate.
         weight_decay: Weight decay.
+        thinning: Stride of the positions of each map that a step takes, see :func:`thin`.
+        times: Draws the times; None for uniform.
         description: Title of the progress bar; None for no bar.
 
     Returns:
@@ -70,12 +78,12 @@ def fit_field(
     """
     optimizer = optim.AdamW(field.parameters(), lr=learning_rate, weight_decay=weight_decay)
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
-    loss = WTFlowLoss()
+    loss, times = WTFlowLoss(), times or uniform(0.0)
     field.train()
     for _ in track(range(steps), description=description or "", transient=True, disable=description is None):
         batch = x0[randint(len(x0), (batch_size,), device=x0.device)]
         optimizer.zero_grad()
-        loss(*regress(field, batch, path, coupling)).backward()
+        loss(*regress(field, thin(batch, thinning), path, coupling, times)).backward()
         optimizer.step()
         scheduler.step()
     return field.eval()

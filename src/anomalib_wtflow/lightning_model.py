@@ -7,8 +7,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataset, Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -18,7 +19,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
-from torch import nn, optim
+from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_wtflow._registration import register_model
@@ -27,6 +29,7 @@ from anomalib_wtflow.anomaly_map import DensityName, ImageScoreName, MapName
 from anomalib_wtflow.cli_errors import one_sentence
 from anomalib_wtflow.coupling import BATCH_COUPLINGS, CouplingName
 from anomalib_wtflow.epoch_default import EpochDefault
+from anomalib_wtflow.feature_cache import FeatureBatch, FeatureLoader, FeatureStore, is_deterministic
 from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, MergeName, get_data_config
 from anomalib_wtflow.field import FieldName, FieldsName
 from anomalib_wtflow.image_check import ImageCheck
@@ -36,14 +39,20 @@ from anomalib_wtflow.path import PathName
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
 from anomalib_wtflow.solver import SolverName, not_exportable
+from anomalib_wtflow.time_sampling import TimeSamplingName
 from anomalib_wtflow.torch_model import WTFlowModel
+
+TRAINING_ONLY = ("coupling", "thinning", "time_sampling")
+"""Settings of the torch model that do not change what a trained one computes."""
+LIMIT_IMAGES = 64
+"""Training images among which the contrast's limit is the largest mean."""
 
 
 @register_model
 class WTFlow(EpochDefault, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
-    The first 25 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
+    The first 27 arguments are those of :class:`anomalib_wtflow.torch_model.WTFlowModel`. Anything given to the trainer
     (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
 
     Args:
@@ -58,13 +67,14 @@ class WTFlow(EpochDefault, AnomalibModule):
         network: Vector field, ``pointwise`` or ``unet``.
         fields: ``per_layer`` for a network of its own for each layer, or ``joint`` for one that sees all of them.
         width: Width of each network; None for its own default (256, or 48 for the U-Net).
-        depth: Depth of each network; None for its own default (3, or 2 for the U-Net).
+        depth: Depth of each network; None for its own default (1, or 2 for the U-Net).
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
         coupling: ``independent``, ``optimal``, ``optimal_image``, ``worst``, ``worst_image``, ``worst_local``,
             ``worst_of_two`` or ``antipodal``.
         thinning: Stride of the positions that a training step takes of each map; 1 for all. Networks that see a
             neighbourhood always take all.
+        time_sampling: Times of training: ``uniform``, or ``logit_normal`` around ``start_time``.
         solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, ``dopri5``, ``dopri8``, ``bosh3``,
             ``fehlberg2`` or ``adaptive_heun``.
         steps: Steps of the first three at inference.
@@ -75,12 +85,17 @@ class WTFlow(EpochDefault, AnomalibModule):
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
         image_score: Whether the image score comes from the ``map`` (the authors') or from the ``features``' positions.
         contrast: Share of the image's mean that the image score leaves out, in [0, 1).
+        score_window: Odd side of the window of positions over which the ``features``' score is averaged; 1 for none.
         image_size: Side, or height and width, that images are resized to; None for the backbone's own.
         false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous. The threshold is the
             split-conformal quantile of normal images that the field was not trained on; None for anomalib's adaptive
             F1 threshold.
         calibration_ratio: Share of the training images, in (0, 1), that is held out for the threshold where the
             validation set cannot serve.
+        feature_cache: GiB of memory for the features of the training images, which otherwise pass the backbone in every
+            epoch; beyond it they go to a memory-mapped temporary file; 0 for none. There is none either where images
+            are augmented at random, pre-processed by transforms that are not known to be deterministic, or trained on
+            by several processes.
         max_epochs: Epochs, unless the trainer is told otherwise.
         optimizer: ``adamw``, ``adam`` or ``sgd``.
         learning_rate: Peak learning rate.
@@ -101,6 +116,8 @@ class WTFlow(EpochDefault, AnomalibModule):
     trained_steps: int = 0
     """Training steps and epochs of the checkpoint that was loaded, if one was."""
     trained_epochs: int = 0
+    _store: FeatureStore | None = None
+    _image_loader: Any = None
 
     def __init__(
         self,
@@ -120,6 +137,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         s_min: float = 0.01,
         coupling: CouplingName = "worst",
         thinning: int = 2,
+        time_sampling: TimeSamplingName = "logit_normal",
         solver: SolverName = "euler",
         steps: int = 1,
         start_time: float = 0.3,
@@ -129,10 +147,12 @@ class WTFlow(EpochDefault, AnomalibModule):
         sigma: float = 4.0,
         image_score: ImageScoreName = "features",
         contrast: float = 0.5,
+        score_window: int = 3,
         image_size: int | tuple[int, int] | None = None,
         false_alarm_rate: float | None = 0.05,
         calibration_ratio: float = 0.2,
-        max_epochs: int = 20,
+        feature_cache: float = 4.0,
+        max_epochs: int = 40,
         optimizer: OptimizerName = "adamw",
         learning_rate: float = 3e-3,
         weight_decay: float = 1e-2,
@@ -152,6 +172,9 @@ class WTFlow(EpochDefault, AnomalibModule):
                     "and a decay of at least 0."
                 )
                 raise ValueError(msg)
+            if feature_cache < 0:
+                msg = f"feature_cache is {feature_cache}: give GiB of memory, or 0 for no cache."
+                raise ValueError(msg)
             self._optimizer_class = lookup(OPTIMIZERS, "optimizer", optimizer)
             self._schedule = lookup(SCHEDULERS, "scheduler", scheduler)
             super().__init__(
@@ -167,6 +190,7 @@ class WTFlow(EpochDefault, AnomalibModule):
                 visualizer=visualizer,
             )
             self.max_epochs = max_epochs
+            self.feature_cache = feature_cache
             self.learning_rate = learning_rate
             self.weight_decay = weight_decay
             self.coupling = coupling
@@ -187,6 +211,7 @@ class WTFlow(EpochDefault, AnomalibModule):
                 s_min=s_min,
                 coupling=coupling,
                 thinning=thinning,
+                time_sampling=time_sampling,
                 solver=solver,
                 steps=steps,
                 start_time=start_time,
@@ -196,6 +221,7 @@ class WTFlow(EpochDefault, AnomalibModule):
                 sigma=sigma,
                 image_score=image_score,
                 contrast=contrast,
+                score_window=score_window,
             )
             self.loss = WTFlowLoss()
 
@@ -259,7 +285,11 @@ class WTFlow(EpochDefault, AnomalibModule):
             ValueError: If the checkpoint was trained with other settings of the torch model.
         """
         theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
-        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers", "coupling", "thinning"}
+        names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers", *TRAINING_ONLY}
+        unknown = sorted(names - set(theirs))
+        if unknown:
+            msg = f"The checkpoint has no {unknown[0]}, so an earlier version wrote it: train the model again."
+            raise ValueError(msg)
         differing = sorted(name for name in names & set(theirs) if theirs[name] != ours[name])
         if list(theirs.get("layers") or []) != list(ours["layers"] or []):
             differing.append("layers")
@@ -325,37 +355,132 @@ class WTFlow(EpochDefault, AnomalibModule):
                 "--data.train_batch_size, or choose worst_of_two, worst_image, antipodal or independent."
             )
             raise ValueError(msg)
+        self._extract_training_features(loader)
+
+    def _extract_training_features(self, loader: Any) -> None:
+        """Run the training images through the backbone: for the normalisation, the cache, and the contrast's limit."""
         normalization: Any = self.model.normalization
         resumed = self.trainer.ckpt_path is not None and normalization.fitted
-        if resumed or not normalization.needs_fit:
-            return
-        normalization.reset()
+        to_fit = normalization.needs_fit and not resumed
+        count = len(loader.dataset)
+        store = FeatureStore(count, self.feature_cache * 2**30) if self._can_cache(loader) else None
+        reference = FeatureStore(min(count, LIMIT_IMAGES), float("inf"))
+        if to_fit:
+            normalization.reset()
         batches = track(
             loader,
-            description="Fitting the feature normalisation",
+            description="Extracting the training images' features",
             transient=True,
             disable=self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero,
         )
         for index, batch in enumerate(batches):
-            batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
-            if isinstance(self.pre_processor, PreProcessor):
-                self.pre_processor.on_train_batch_start(self.trainer, self, batch, index)
-            with self.trainer.precision_plugin.train_step_context():
-                normalization.update(self.model.extract(batch.image))
-        if self.trainer.world_size == 1:
+            features = self.extract_features(batch, index)
+            if to_fit:
+                normalization.update(features)
+            if store is not None:
+                store.append(features)
+            reference.append(features[: reference.count - reference.filled])
+            if not to_fit and store is None and reference.filled == reference.count:
+                break
+        self._reference, self._observed_at = reference.features, -1
+        self._image_size = tuple(batch.image.shape[-2:])
+        if to_fit and self.trainer.world_size == 1:
             normalization.finalize()
-        else:
+        elif to_fit:
             reduce = self.trainer.strategy.reduce
             normalization.finalize(lambda total: reduce(total.to(self.device), reduce_op="sum"))
+        if store is not None:
+            self._store, self._image_loader = store, loader
+            shuffle = isinstance(loader.sampler, RandomSampler)
+            self._feed(FeatureLoader(store.features, loader.batch_size, shuffle, loader.drop_last))
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def _can_cache(self, loader: Any) -> bool:
+        """Whether each epoch would show the backbone the same images, all of them to this process."""
+        data = loader.dataset
+        transform = getattr(self.pre_processor, "transform", None)
+        return (
+            self.feature_cache > 0
+            and self.trainer.world_size == 1
+            and isinstance(loader, DataLoader)
+            and isinstance(loader.sampler, RandomSampler | SequentialSampler)
+            and loader.batch_size is not None
+            and isinstance(data, AnomalibDataset)
+            and is_deterministic(data.augmentations)
+            and (self.pre_processor is None or isinstance(self.pre_processor, PreProcessor))
+            and is_deterministic(transform)
+        )
+
+    def _feed(self, loader: Any) -> None:
+        """Make the training go on with another loader of as many batches."""
+        loop = self.trainer.fit_loop
+        combined: Any = loop._combined_loader  # Lightning has no public way, and asks for a loader once
+        fetcher: Any = loop._data_fetcher
+        combined.flattened = [loader]
+        fetcher.setup(combined)
+        iter(fetcher)
+
+    def on_train_epoch_end(self) -> None:
+        """Set the limit of the contrast before a checkpoint of the epoch is written."""
+        self.observe()
+
+    def on_train_end(self) -> None:
+        """Set the limit of the contrast for the final weights, and let go of the features."""
+        self.observe()
+        if self._store is not None:
+            loop: Any = self.trainer.fit_loop
+            loop._combined_loader.flattened = [self._image_loader]
+        self._store = self._image_loader = None
+
+    def on_validation_start(self) -> None:
+        """Set the limit of the contrast for the present weights."""
+        self.observe()
+
+    def observe(self) -> None:
+        """Set the limit of the contrast for the present weights, while training; once a step."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self._observed_at == self.global_step:
+            return
+        training = self.training
+        self.eval()
+        with self.trainer.precision_plugin.val_step_context():
+            self.model.observe(self._reference.to(self.device), self._image_size)
+        self.train(training)
+        limit = self.model.anomaly_map_generator.limit
+        if self.trainer.world_size > 1:
+            limit.copy_(self.trainer.strategy.reduce(limit, reduce_op="max"))
+        self._observed_at = self.global_step
+
+    @torch.no_grad()
+    def extract_features(self, batch: Batch, index: int = 0) -> Tensor:
+        """Move a batch of images to the device, pre-process it, and return its backbone features ``(N, C, H, W)``."""
+        batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
+        if isinstance(self.pre_processor, PreProcessor):
+            self.pre_processor.on_validation_batch_start(self.trainer, self, batch, index)
+        with self.trainer.precision_plugin.val_step_context():
+            return self.model.extract(batch.image)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def score_features(self, features: Tensor, image_size: tuple[int, int]) -> InferenceBatch:
+        """Score backbone features ``(N, C, H, W)`` of images of ``image_size`` pixels as the model does by now."""
+        training = self.training
+        self.eval()
+        with self.trainer.precision_plugin.val_step_context():
+            predictions = self.model.predict(features.to(self.device), image_size)
+        self.train(training)
+        return self._finite(predictions)
+
+    def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Regress the field on one batch.
 
         Raises:
             RuntimeError: If the loss is NaN or infinite.
         """
         del args, kwargs
-        loss = self.loss(*self.model(batch.image))
+        if isinstance(batch, FeatureBatch):
+            size, pair = len(batch.features), self.model.regress(batch.features)
+        else:
+            images: Any = batch.image
+            size, pair = len(images), self.model(images)
+        loss = self.loss(*pair)
         value = loss.item()
         if not math.isfinite(value):
             self._stop(f"The training loss became {value} in epoch {self.current_epoch}")
@@ -365,7 +490,7 @@ class WTFlow(EpochDefault, AnomalibModule):
             on_step=False,
             on_epoch=True,
             prog_bar=True,
-            batch_size=len(batch.image),  # type: ignore[arg-type]
+            batch_size=size,
             sync_dist=True,
         )
         return {"loss": loss}
@@ -386,10 +511,13 @@ class WTFlow(EpochDefault, AnomalibModule):
         return self._score(batch)
 
     def _score(self, batch: Batch) -> STEP_OUTPUT:
-        predictions = self.model(batch.image)
-        if self.trainer.state.fn == TrainerFn.FITTING and not predictions.pred_score.isfinite().all():
+        return batch.update(**self._finite(self.model(batch.image))._asdict())
+
+    def _finite(self, predictions: InferenceBatch) -> InferenceBatch:
+        score: Any = predictions.pred_score
+        if self.trainer.state.fn == TrainerFn.FITTING and not score.isfinite().all():
             self._stop(f"The scores became NaN or infinite in epoch {self.current_epoch}")
-        return batch.update(**predictions._asdict())
+        return predictions
 
     def _stop(self, what: str) -> None:
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")

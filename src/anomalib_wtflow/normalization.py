@@ -120,6 +120,10 @@ class ChannelNormalization(Whitening):
     def _matrix(self, covariance: Tensor) -> Tensor:
         return super()._matrix(torch.diag(covariance.diagonal()))
 
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise ``(N, C, H, W)``."""
+        return (features - self.mean[:, None, None]) * self.weight.diagonal()[:, None, None]
+
 
 NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
     "layer_norm": LayerNormalization,

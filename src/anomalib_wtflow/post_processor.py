@@ -7,12 +7,13 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.data.utils import LabelName
 from anomalib.post_processing import PostProcessor
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from anomalib_wtflow.feature_cache import FeatureStore
 
 NO_NORMALS = (
     "There are no normal images for the threshold: give at least 2 normal training images, or a validation set with "
@@ -102,6 +103,7 @@ class WTFlowPostProcessor(PostProcessor):
         self.calibration_seed = calibration_seed
         self.register_buffer("effective_false_alarm_rate", torch.tensor(float("nan")))
         self._calibration_data: Any = None
+        self._calibration_features: FeatureStore | None = None
         self._full_train_data: Any = None
         self._calibrated_at = -1
 
@@ -172,7 +174,7 @@ class WTFlowPostProcessor(PostProcessor):
         if self._full_train_data is not None and getattr(trainer, "datamodule", None) is not None:
             trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
         self._full_train_data = None
-        self._calibration_data = None
+        self._calibration_data = self._calibration_features = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the slice back to the data module, which other models may use after this one."""
@@ -222,23 +224,23 @@ class WTFlowPostProcessor(PostProcessor):
     @torch.no_grad()
     def _score_calibration_images(self, trainer: Trainer, pl_module: Any) -> tuple[Tensor, Tensor]:
         """Return the image scores and the largest pixels of the maps."""
-        loader = DataLoader(
-            self._calibration_data,
-            batch_size=getattr(getattr(trainer, "datamodule", None), "eval_batch_size", 32),
-            collate_fn=self._calibration_data.collate_fn,
-        )
-        training = pl_module.training
-        pl_module.eval()
+        if self._calibration_features is None:
+            loader = DataLoader(
+                self._calibration_data,
+                batch_size=getattr(getattr(trainer, "datamodule", None), "eval_batch_size", 32),
+                collate_fn=self._calibration_data.collate_fn,
+            )
+            store = FeatureStore(len(self._calibration_data), pl_module.feature_cache * 2**30)
+            for index, batch in enumerate(loader):
+                store.append(pl_module.extract_features(batch, index))
+                self._calibration_size = tuple(batch.image.shape[-2:])
+            self._calibration_features = store
+        pl_module.observe()
         scores, peaks = [], []
-        for index, batch in enumerate(loader):
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-            if isinstance(pl_module.pre_processor, PreProcessor):
-                pl_module.pre_processor.on_validation_batch_start(trainer, pl_module, batch, index)
-            with trainer.precision_plugin.val_step_context():
-                outputs = pl_module.validation_step(batch, index)
+        for features in self._calibration_features.features.split(32):
+            outputs = pl_module.score_features(features, self._calibration_size)
             scores.append(outputs.pred_score.float().cpu())
             peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).float().cpu())
-        pl_module.train(training)
         return torch.cat(scores), torch.cat(peaks)
 
     def _report(self) -> None:

@@ -16,14 +16,15 @@ from anomalib_wtflow.fit import regress, thin
 from anomalib_wtflow.normalization import get_normalization
 from anomalib_wtflow.path import ProbabilityPath
 from anomalib_wtflow.solver import get_solver
+from anomalib_wtflow.time_sampling import get_time_sampling
 
 
 class WTFlowModel(nn.Module):
     """Time-reversed flow matching with worst transport on the features of a frozen backbone (arXiv 2508.05461v3).
 
-    Training: ``x0`` = normalised features, ``t ~ U(0, 1)``, ``eps ~ N(0, I)`` coupled to ``x0``; the field is
-    regressed on the velocity of the path. Inference: ``y`` = where the flow carries ``x0``, anomaly map from
-    ``-log q(1/2 mean_c y_c^2)``, layer by layer. The path, coupling, network, solver, normalisation and score are
+    Training: ``x0`` = normalised features, times t drawn by ``time_sampling``, ``eps ~ N(0, I)`` coupled to ``x0``;
+    the field is regressed on the velocity of the path. Inference: ``y`` = where the flow carries ``x0``, anomaly map
+    from ``-log q(1/2 mean_c y_c^2)``, layer by layer. The path, coupling, network, solver, normalisation and score are
     chosen by name and independently.
 
     Args:
@@ -44,6 +45,7 @@ class WTFlowModel(nn.Module):
         coupling: One of :data:`anomalib_wtflow.coupling.COUPLINGS`.
         thinning: Stride of the positions that a training step takes of each map; 1 for all. Networks that see a
             neighbourhood always take all.
+        time_sampling: Times of training: ``uniform``, or ``logit_normal`` around ``start_time``.
         solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, one of torchdiffeq's
             :data:`anomalib_wtflow.solver.ADAPTIVE_SOLVERS`.
         steps: Steps of the first three.
@@ -56,6 +58,7 @@ class WTFlowModel(nn.Module):
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
         image_score: Whether the image score comes from the ``map`` (the authors') or from the ``features``' positions.
         contrast: Share of the image's mean that the image score leaves out, in [0, 1).
+        score_window: Odd side of the window of positions over which the ``features``' score is averaged; 1 for none.
 
     Raises:
         ValueError: If a name is unknown or a number is out of range; the message lists what is valid.
@@ -80,6 +83,7 @@ class WTFlowModel(nn.Module):
         s_min: float = 0.01,
         coupling: str = "worst",
         thinning: int = 2,
+        time_sampling: str = "logit_normal",
         solver: str = "euler",
         steps: int = 1,
         start_time: float = 0.3,
@@ -89,6 +93,7 @@ class WTFlowModel(nn.Module):
         sigma: float = 4.0,
         image_score: str = "features",
         contrast: float = 0.5,
+        score_window: int = 3,
     ) -> None:
         super().__init__()
         if not 0 <= start_time < 1:
@@ -102,12 +107,14 @@ class WTFlowModel(nn.Module):
         self.coupling = get_coupling(coupling)
         self.solver = get_solver(solver, steps)
         self.start_time = start_time
+        self.times = get_time_sampling(time_sampling, start_time)
         self.density = density
         lookup(DENSITIES, "density", density)
         self.feature_extractor = FeatureExtractor(backbone, layers, pre_trained, weights, pool_size, pool_stride, merge)
         channels = self.feature_extractor.channels
+        self.density_layers = channels if fields == "per_layer" else [sum(channels)]
         self.anomaly_map_generator = AnomalyMapGenerator(
-            anomaly_map, top_fraction, sigma, image_score, contrast, channels
+            anomaly_map, top_fraction, sigma, image_score, contrast, self.density_layers, score_window
         )
         self.normalization = get_normalization(normalization, sum(channels))
         self.field = self.build_field(network, fields, width, depth)
@@ -150,9 +157,10 @@ class WTFlowModel(nn.Module):
         Returns:
             ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H', W')``, at the positions that ``thinning`` leaves.
         """
-        if self.field.pointwise:
-            features = thin(features, self.thinning)
-        return regress(self.field, self.normalization(features), self.path, self.coupling)
+        x0 = self.normalization(features)
+        return regress(
+            self.field, thin(x0, self.thinning) if self.field.pointwise else x0, self.path, self.coupling, self.times
+        )
 
     def flow(self, x0: Tensor) -> Tensor:
         """Carry normalised features ``(N, C, H, W)`` along the learnt field; near 0 is normal.
@@ -165,8 +173,14 @@ class WTFlowModel(nn.Module):
         return x0 + (end - start) / (1 - self.start_time)
 
     def log_density(self, y: Tensor) -> Tensor:
-        """Density proxy of end points ``(N, C, H, W)``, for each of the L layers, as ``(N, L, H, W)``."""
-        return density_proxy(y, self.feature_extractor.channels, self.density)
+        """Density proxy of end points ``(N, C, H, W)``, ``(N, L, H, W)``: of each layer that has a field of its own."""
+        return density_proxy(y, self.density_layers, self.density)
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> None:
+        """Set the limit of the contrast from backbone features ``(N, C, H, W)`` of training images."""
+        parts = [self.log_density(self.flow(self.normalization(part))) for part in features.split(16)]
+        self.anomaly_map_generator.observe(torch.cat(parts), image_size)
 
     def predict(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> InferenceBatch:
         """Score backbone features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).

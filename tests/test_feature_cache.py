@@ -1,0 +1,101 @@
+"""The feature cache: what it keeps, where, and when it may be used."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.feature_cache import FeatureLoader, FeatureStore, is_deterministic
+from conftest import as_mvtec, quiet_engine
+
+
+@pytest.mark.parametrize("budget", [1e9, 0])
+def test_store_gives_back_what_it_was_given(budget: float) -> None:
+    parts = [torch.randn(n, 3, 2, 4) for n in (3, 1, 2)]
+    store = FeatureStore(7, budget)
+    for part in parts:
+        store.append(part)
+    assert torch.equal(store.features, torch.cat(parts))
+    assert (store.folder is None) == (budget > 0)
+    if store.folder is not None:
+        (file,) = Path(store.folder.name).iterdir()
+        assert file.stat().st_size == 4 * 7 * 3 * 2 * 4
+    for wrong in (torch.randn(2, 3, 2, 4), torch.randn(1, 3, 4, 4)):
+        with pytest.raises(ValueError, match="do not fit behind 6 of 7 of size"):
+            store.append(wrong)
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [4, 4, 3]), (True, [4, 4])])
+def test_loader_shows_every_feature_once(drop_last: bool, sizes: list[int]) -> None:
+    features = torch.arange(11.0).view(11, 1, 1, 1)
+    loader = FeatureLoader(features, 4, drop_last=drop_last)
+    epochs = [[batch.features.flatten().tolist() for batch in loader] for _ in range(3)]
+    for epoch in epochs:
+        assert [len(batch) for batch in epoch] == sizes
+        assert len(loader) == len(sizes)
+        shown = [value for batch in epoch for value in batch]
+        assert len(set(shown)) == len(shown) <= 11
+    assert epochs[0] != epochs[1]
+    ordered = FeatureLoader(features, 4, shuffle=False)
+    assert torch.equal(torch.cat([batch.features for batch in ordered]), features)
+
+
+def test_what_is_known_to_be_deterministic() -> None:
+    for transform in (None, v2.Resize(8), v2.Compose([v2.Resize(8), v2.Normalize([0.5], [0.5])])):
+        assert is_deterministic(transform)
+    for transform in (v2.RandomHorizontalFlip(), v2.Compose([v2.Resize(8), v2.ColorJitter(0.1)]), lambda image: image):
+        assert not is_deterministic(transform)
+
+
+SMALL = {"image_size": 64, "coupling": "worst_of_two", "false_alarm_rate": 0.3, "max_epochs": 3}
+
+
+def backbone_images(parts: SyntheticParts, root: Path, augment: bool = False, **kwargs: object) -> dict[str, int]:
+    """Train, and count the images that pass the backbone before and during the epochs, validation aside."""
+    module = as_mvtec(parts, train_augmentations=v2.RandomHorizontalFlip() if augment else None)
+    model = WTFlow(**{**SMALL, **kwargs})
+    counts = {"before": 0, "epochs": 0}
+    extract = model.model.extract
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        counts["epochs" if model.trainer.fit_loop.epoch_progress.current.started else "before"] += len(images)
+        return extract(images)
+
+    model.model.extract = counted
+    quiet_engine(root, limit_val_batches=0).fit(model, datamodule=module)
+    assert model.trainer.global_step == 3 * 2  # 13 images in batches of 8
+    assert model._store is None
+    return counts
+
+
+def test_no_image_passes_the_backbone_twice(parts: SyntheticParts, tmp_path: Path) -> None:
+    """13 training images before the first epoch, 3 for the threshold at its end."""
+    for budget in (1.0, 1e-9):
+        assert backbone_images(parts, tmp_path, feature_cache=budget) == {"before": 13, "epochs": 3}
+    assert backbone_images(parts, tmp_path, feature_cache=0) == {"before": 13, "epochs": 3 * 13 + 3}
+
+
+def test_no_cache_where_images_change(parts: SyntheticParts, tmp_path: Path) -> None:
+    assert backbone_images(parts, tmp_path, augment=True)["epochs"] == 3 * 13 + 3
+
+
+def test_limit_of_the_contrast(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The largest mean of the image's values among the training images, for the last weights, in the checkpoint."""
+    parts.setup()
+    model, engine = WTFlow(**SMALL), quiet_engine(tmp_path)
+    engine.fit(model, datamodule=parts)
+    torch_model, transform = model.eval().model, model.pre_processor.transform
+    means = []
+    with torch.no_grad():
+        for item in parts.train_data:
+            features = torch_model.extract(transform(item.image[None]))
+            log_density = torch_model.log_density(torch_model.flow(torch_model.normalization(features)))
+            weights = torch.tensor([24, 40, 112.0]).view(1, 3, 1, 1) / 176
+            values = torch.nn.functional.avg_pool2d(-(weights * log_density).sum(1), 3, 1, 1, count_include_pad=False)
+            means.append(values.mean())
+    limit = torch_model.anomaly_map_generator.limit
+    torch.testing.assert_close(limit, torch.stack(means).max())
+    saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]
+    assert saved["model.anomaly_map_generator.limit"] == limit
