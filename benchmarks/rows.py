@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from anomalib.data import AnomalibDataModule, Batch, InferenceBatch, get_datamodule
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from anomalib_wtflow import FastflowBaseline, SyntheticParts, WTFlow
 from anomalib_wtflow.anomaly_map import student
 from anomalib_wtflow.diagnosis_data import mvtec_layout
-from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
+from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, packaged_weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LAYERS = ("blocks.2", "blocks.4")
@@ -97,8 +98,14 @@ class Memo:
 
 
 def packaged_network() -> nn.Module:
-    """EfficientNet-Lite0 with its packaged weights, up to the layers that all rows use."""
-    return FeatureExtractor(DEFAULT_BACKBONE, LAYERS).network
+    """EfficientNet-Lite0 with its packaged weights, as timm builds it, up to the layers that all rows use."""
+    network = timm.create_model(DEFAULT_BACKBONE, features_only=True, exportable=True, out_indices=[2, 3]).eval()
+    state = packaged_weights()
+    network.load_state_dict({name: state[name] for name in network.state_dict()})
+    if list(network.feature_info.module_name()) != list(LAYERS):
+        msg = f"timm's layers are {network.feature_info.module_name()}, not {LAYERS}: install the timm of the table."
+        raise RuntimeError(msg)
+    return network.requires_grad_(requires_grad=False)
 
 
 class LiteFastflowModel(FastflowModel):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_wtflow._registry import lookup
+from anomalib_wtflow.folding import fold_batch_norms
 
 MergeName = Literal["finest", "coarsest"]
 
@@ -116,6 +117,8 @@ def packaged_weights() -> dict[str, Tensor]:
 class FeatureExtractor(nn.Module):
     """Features of a frozen timm CNN: one or several layers, merged to a single scale.
 
+    Its batch normalisations are folded into its convolutions.
+
     ``(N, 3, H, W)`` -> ``(N, C, H', W')``, C being the sum of the layers' channels. Each layer is averaged over
     ``pool_size x pool_size`` neighbours with stride ``pool_stride`` and resized bilinearly to one of them, then
     stacked.
@@ -162,11 +165,16 @@ class FeatureExtractor(nn.Module):
         self.network = self._create(indices, pretrained=from_hub)
         if pre_trained and not from_hub:
             self._load(packaged_weights() if weights is None else load_weights_file(weights), weights)
-        self.channels: list[int] = list(self.network.feature_info.channels())
+        info = self.network.feature_info
+        self.channels: list[int] = list(info.channels())
         self.out_channels = sum(self.channels)
-        self.stride = max(self.network.feature_info.reduction())
-        self.network.requires_grad_(requires_grad=False)
+        self.stride = max(info.reduction())
         self.eval()
+        # On two cores, 256 px, one image: 20 ms as timm builds it, 14.6 folded, 12.0 with channels last too.
+        side = 2 * max(32, self.stride)
+        images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.network = fold_batch_norms(self.network, images).to(memory_format=torch.channels_last)
+        self.network.requires_grad_(requires_grad=False)
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
         """Stay in evaluation mode: the backbone is frozen, its batch statistics too."""
@@ -236,7 +244,7 @@ class FeatureExtractor(nn.Module):
                 f"of the layers of '{self.backbone}': raise image_size, or choose finer layers."
             )
             raise ValueError(msg)
-        maps = self._maps(images)
+        maps = self._maps(images.contiguous(memory_format=torch.channels_last))
         if self.pool_size > 1 or self.pool_stride > 1:
             maps = [F.avg_pool2d(m, self.pool_size, self.pool_stride, self.pool_size // 2) for m in maps]
         size = maps[self.reference].shape[-2:]
