@@ -71,7 +71,7 @@ class Setting:
     path: str = "variance_preserving"
     coupling: str = "worst"
     thinning: int = 2
-    time_sampling: str = "logit_normal"
+    time_sampling: str = "uniform"
     blocks: int = 1
     epochs: int = 40
     batch_size: int = 32
@@ -143,10 +143,8 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"normalization": "whitening", "ridge": 0.3},
         {"normalization": "layer_norm"},
     ],
-    "network": [
-        *({"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))),
-        {"network": "unet", "width": 32},
-    ],
+    "network": [{"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))],
+    "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
     "training": [
         *({"epochs": epochs} for epochs in (10, 20, 40, 80)),
         {"learning_rate": 1e-3},

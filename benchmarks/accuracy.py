@@ -50,6 +50,11 @@ REPRODUCED = 0.005
 """Largest difference of a metric between the quick run and the JSON that still counts as reproduced."""
 
 
+def machine() -> dict[str, Any]:
+    """Name the processor and the threads."""
+    return {"cpu": cpu(), "threads": torch.get_num_threads()}
+
+
 def run(row: str, data: str, seed: int, root: Path | None, memo: Memo | None) -> dict[str, Any]:
     """Train and test one row on one data set with one seed."""
     seed_everything(seed, verbose=False)
@@ -80,7 +85,7 @@ def run(row: str, data: str, seed: int, root: Path | None, memo: Memo | None) ->
         "fit_seconds": round(fitted - start, 1),
         "test_seconds": round(time.perf_counter() - fitted, 1),
         "backbone_memo": memo is not None,
-        "machine": {"cpu": cpu(), "threads": torch.get_num_threads()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("anomalib", "anomalib-wtflow", "torch", "timm")},
     }
 

@@ -57,7 +57,7 @@ def training_step(batch: int, side: int) -> float:
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(*regress(field, x0, path, COUPLINGS["independent"], uniform(0.0))).backward()
+        loss(*regress(field, x0, path, COUPLINGS["independent"], uniform)).backward()
         optimizer.step()
 
     return seconds(step)

@@ -170,3 +170,36 @@ def test_an_adaptive_solver_does_not_export(export: str, tmp_path: Path) -> None
     torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"'dopri5' chooses its steps .* does not export: give the model one of euler"):
         getattr(adaptive, export)(tmp_path)
+
+
+def test_int8_keeps_the_tail_in_float(trained: SimpleNamespace, exported: SimpleNamespace, tmp_path: Path) -> None:
+    """Every convolution of the backbone has 8-bit weights and input; nothing of the flow and the score has."""
+    import openvino
+
+    from anomalib_wtflow.quantization import CONVOLUTIONS, tail_names
+
+    path = trained.model.to_openvino(
+        tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=trained.parts
+    )  # fmt: skip
+    backbone = sum(isinstance(m, torch.nn.Conv2d) for m in trained.model.model.feature_extractor.network.modules())
+    model = openvino.Core().read_model(path)
+    convolutions = [op for op in model.get_ordered_ops() if op.get_type_name() in CONVOLUTIONS]
+    assert len(convolutions) == backbone + 3 * 4
+
+    def sources(operation: openvino.Node) -> set[str]:
+        return {value.get_source_output().get_node().get_type_name() for value in operation.inputs()}
+
+    assert all("FakeQuantize" in sources(op) for op in convolutions[:backbone])
+    tail = set(tail_names(openvino.Core().read_model(exported.openvino), backbone))
+    assert "anomaly_map" in tail
+    rest = [op for op in model.get_ordered_ops() if op.get_friendly_name() in tail]
+    assert len([op for op in rest if op.get_type_name() in CONVOLUTIONS]) == 3 * 4
+    assert all("FakeQuantize" not in sources(op) for op in rest)
+    batch = np.random.default_rng(0).random((2, 3, 128, 128), dtype=np.float32)
+    got = openvino.compile_model(path, "CPU", F32)(batch)["pred_score"]
+    np.testing.assert_allclose(got, in_torch(trained, batch)["pred_score"], atol=0.05)
+
+
+def test_int8_needs_images(trained: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="INT8_PTQ sets its ranges with training images: give the export a data mod"):
+        trained.model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)

@@ -52,6 +52,12 @@ def test_default_features_are_timms() -> None:
     torch.testing.assert_close(at_coarse, torch.cat([F.avg_pool2d(fine, 2), coarse], 1), rtol=1e-4, atol=1e-4)
 
 
+def test_nothing_runs_behind_the_last_layer() -> None:
+    assert len(FeatureExtractor().network.blocks) == 5
+    assert len(FeatureExtractor(layers=["blocks.2"]).network.blocks) == 3
+    assert len(FeatureExtractor(layers=["blocks.6"]).network.blocks) == 7
+
+
 def test_pooling() -> None:
     images = torch.randn(1, 3, 128, 128)
     plain = FeatureExtractor(layers=["blocks.4"])(images)

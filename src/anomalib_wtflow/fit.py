@@ -78,7 +78,7 @@ def fit_field(
     """
     optimizer = optim.AdamW(field.parameters(), lr=learning_rate, weight_decay=weight_decay)
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
-    loss, times = WTFlowLoss(), times or uniform(0.0)
+    loss, times = WTFlowLoss(), times or uniform
     field.train()
     for _ in track(range(steps), description=description or "", transient=True, disable=description is None):
         batch = x0[randint(len(x0), (batch_size,), device=x0.device)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataset, Batch, InferenceBatch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -37,6 +37,7 @@ from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.normalization import NormalizationName
 from anomalib_wtflow.path import PathName
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.quantization import quantize
 from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
 from anomalib_wtflow.solver import SolverName, not_exportable
 from anomalib_wtflow.time_sampling import TimeSamplingName
@@ -44,6 +45,8 @@ from anomalib_wtflow.torch_model import WTFlowModel
 
 TRAINING_ONLY = ("coupling", "thinning", "time_sampling")
 """Settings of the torch model that do not change what a trained one computes."""
+CALIBRATION_IMAGES = 128
+"""Training images that set the ranges of a quantised export."""
 LIMIT_IMAGES = 64
 """Training images among which the contrast's limit is the largest mean."""
 
@@ -137,7 +140,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         s_min: float = 0.01,
         coupling: CouplingName = "worst",
         thinning: int = 2,
-        time_sampling: TimeSamplingName = "logit_normal",
+        time_sampling: TimeSamplingName = "uniform",
         solver: SolverName = "euler",
         steps: int = 1,
         start_time: float = 0.3,
@@ -331,6 +334,27 @@ class WTFlow(EpochDefault, AnomalibModule):
         """
         self._check_exportable()
         return super().to_onnx(*args, **kwargs)
+
+    def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # type: ignore[override]
+        """Quantise as anomalib does for INT8_PTQ, but the backbone only, and with the training images.
+
+        anomalib takes the validation images, which are often the test set.
+        """
+        if datamodule is None:
+            msg = "INT8_PTQ sets its ranges with training images: give the export a data module (--data)."
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        images: list[Any] = []
+        for batch in datamodule.train_dataloader():
+            images.extend(batch.image.numpy()[:, None])
+            if len(images) >= CALIBRATION_IMAGES:
+                break
+        network = self.model.feature_extractor.network
+        return quantize(
+            model,
+            images[:CALIBRATION_IMAGES],
+            sum(isinstance(module, nn.Conv2d) for module in network.modules()),
+        )
 
     def _check_exportable(self) -> None:
         if not self.model.solver.exportable:

@@ -83,7 +83,7 @@ class WTFlowModel(nn.Module):
         s_min: float = 0.01,
         coupling: str = "worst",
         thinning: int = 2,
-        time_sampling: str = "logit_normal",
+        time_sampling: str = "uniform",
         solver: str = "euler",
         steps: int = 1,
         start_time: float = 0.3,
