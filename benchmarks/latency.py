@@ -181,7 +181,7 @@ def to_onnx(model: Any, folder: Path) -> Path:
     if hasattr(model, "to_onnx") and not isinstance(model, Backbone):
         return model.to_onnx(folder, input_size=(IMAGE_SIZE, IMAGE_SIZE))
     path = folder / "model.onnx"
-    images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     shapes = ({0: torch.export.Dim("batch")},)
     torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=shapes, input_names=["input"], verbose=False)
     return path
