@@ -73,11 +73,11 @@ class Setting:
     thinning: int = 2
     time_sampling: str = "uniform"
     blocks: int = 1
-    epochs: int = 40
+    epochs: int = 80
     batch_size: int = 32
     learning_rate: float = 3e-3
     scheduler: str = "cosine"
-    start_time: float | None = 0.3
+    start_time: float | None = 0.25
     steps: int = 1
     density: str = "student"
     anomaly_map: str = "absolute"
@@ -384,6 +384,12 @@ def winner(lines: list[dict[str, Any]], base: Setting) -> Setting:
     return Setting(**{**chosen, "strides": tuple(chosen["strides"])})
 
 
+def base_of(lines: list[dict[str, Any]], factor: str) -> Setting:
+    """Return the setting that a factor was varied around, the last time."""
+    base = next(line["base"] for line in reversed(lines) if line["factor"] == factor)
+    return Setting(**{**base, "strides": tuple(base["strides"])})
+
+
 def of_factor(lines: list[dict[str, Any]], factor: str, base: Setting) -> list[dict[str, Any]]:
     """Return a factor's lines that are ranked, with their labels: those at the start time of their setting."""
     own = {key(data, jsonable(s)) for data in SETS for s in settings(factor, base, [0, 1, 2])}
@@ -396,8 +402,7 @@ def rankings(lines: list[dict[str, Any]]) -> str:
     """Render a Markdown table a factor, best first; a setting is named by what differs within the factor."""
     text = []
     for factor in dict.fromkeys(line["factor"] for line in lines):
-        base = next(line["base"] for line in lines if line["factor"] == factor)
-        here = of_factor(lines, factor, Setting(**{**base, "strides": tuple(base["strides"])}))
+        here = of_factor(lines, factor, base_of(lines, factor))
         titles = " | ".join(f"{data.split('_')[1]} {METRICS[k].replace('_', ' ')}" for data in SETS for k in SHOWN)
         text += [
             f"**{factor}**",

@@ -12,19 +12,13 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from ablation import METRICS, RESULTS, SETS, Setting, mean_ranks, of_factor
+from ablation import METRICS, RESULTS, SETS, base_of, mean_ranks, of_factor
 from lines import read
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "ablation"
 SHOWN = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "AUPRO (30 %)"}
 NAMES = {"mvtec_bottle": "bottles", "magnetic_tile": "magnetic tiles"}
 BEST, OTHER = "#c1432e", "#7f8fa6"
-
-
-def base_of(lines: list[dict[str, Any]], factor: str) -> Setting:
-    """Return the setting that a factor was varied around."""
-    base = next(line["base"] for line in lines if line["factor"] == factor)
-    return Setting(**{**base, "strides": tuple(base["strides"])})
 
 
 def plot_ranks(lines: list[dict[str, Any]], output: Path) -> None:

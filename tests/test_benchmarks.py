@@ -188,7 +188,7 @@ def test_the_rule_takes_the_best_rank_within_the_bounds():
 
 def test_the_rule_breaks_ties_by_parameters_then_computation_then_the_base():
     base = ablation.START
-    small, long, fine = replace(base, width=128), replace(base, epochs=40), replace(base, side=32)
+    small, long, fine = replace(base, width=128), replace(base, epochs=160), replace(base, side=32)
     assert ablation.winner(measured(base, 1, 2000) + measured(small, 1, 1000), base) == small
     assert ablation.winner(measured(long, 1) + measured(fine, 1) + measured(base, 1), base) == base
     other = replace(base, coupling="optimal")
@@ -196,7 +196,7 @@ def test_the_rule_breaks_ties_by_parameters_then_computation_then_the_base():
 
 
 def test_a_factor_is_ranked_at_its_own_start_time():
-    base = ablation.START
+    base = replace(ablation.START, start_time=0.3)
     lines = [
         {**line, "factor": "time"}
         for blocks in (1, 2)
