@@ -12,6 +12,8 @@ from anomalib.data import ImageBatch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from anomalib_wtflow.feature_extractor import FeatureExtractor
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablation
@@ -67,7 +69,7 @@ def test_memo_does_not_mix_networks():
 def test_memo_tells_the_layers_of_one_backbone_apart():
     memo, image = rows.Memo(), torch.randn(1, 3, 64, 64)
     for layers in (["blocks.2", "blocks.4"], ["blocks.4"]):
-        network = rows.FeatureExtractor(layers=layers).network
+        network = FeatureExtractor(layers=layers).network
         expected = network(image)
         memo.wrap(network)
         assert len(network(image)) == len(layers)
