@@ -24,9 +24,28 @@ def test_paper_size() -> None:
 
 
 def test_pointwise_size() -> None:
-    channels, width, depth = 152, 256, 1
-    expected = (channels + 1) * width + depth * 3 * (width + 1) * width + (width + 1) * channels
-    assert parameters(get_field("pointwise", channels)) == expected < 5_000_000
+    channels, width = 152, 256
+    expected = 2 * (channels + 1) * width + 2 * (width + 1) * width + (width + 1) * channels
+    assert parameters(PointwiseField(channels, width, depth=1)) == expected
+    assert parameters(PointwiseField(channels, width, depth=3)) == expected + 2 * 3 * (width + 1) * width
+
+
+def test_pointwise_formula() -> None:
+    """Written out with matrices, for two blocks; convolutions and matrix products agree."""
+    field = PointwiseField(3, width=4, depth=2).double()
+    x, t = torch.randn(2, 3, 2, 5, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
+    embedding = field.embedding(t).double()
+
+    def apply(conv: torch.nn.Conv2d, z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(z, conv.weight, conv.bias)
+
+    def silu(z: torch.Tensor) -> torch.Tensor:
+        return z / (1 + (-z).exp())
+
+    times = [time(embedding)[:, :, None, None] for time in field.time]
+    h = apply(field.stem, x) + apply(field.reduce[0], silu(apply(field.expand[0], x) + times[0]))
+    h = h + apply(field.reduce[1], silu(apply(field.expand[1], h) + times[1]))
+    torch.testing.assert_close(field(x, t), apply(field.head, silu(h)))
 
 
 def test_time_embedding() -> None:

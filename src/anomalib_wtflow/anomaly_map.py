@@ -46,8 +46,9 @@ def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = 
         ValueError: If the kind is unknown.
     """
     log_density = lookup(DENSITIES, "density", kind)
-    layers = [y] if channels is None else y.split(list(channels), dim=1)
-    return log_density(torch.cat([0.5 * layer.square().mean(dim=1, keepdim=True) for layer in layers], dim=1))
+    sizes = [y.shape[1]] if channels is None else channels
+    halves = torch.block_diag(*(y.new_full((1, size), 0.5 / size) for size in sizes))
+    return log_density(F.conv2d(y.square(), halves[:, :, None, None]))
 
 
 def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.device | None = None) -> Tensor:
@@ -166,10 +167,10 @@ class AnomalyMapGenerator(nn.Module):
                 f"which reaches {reach(self.sigma)} pixels: raise image_size, or lower sigma."
             )
             raise ValueError(msg)
-        mean = log_density.mean(dim=1, keepdim=True)
+        mean = -log_density.mean(dim=1, keepdim=True)
         if self.kind == "absolute":
-            return -self._resample(mean, image_size, self.sigma)
-        density = self._resample(mean, image_size, 0.0).exp()
+            return self._resample(mean, image_size, self.sigma)
+        density = (-self._resample(mean, image_size, 0.0)).exp()
         return self._resample(density.amax(dim=(-2, -1), keepdim=True) - density, image_size, self.sigma)
 
     def _resample(self, x: Tensor, size: tuple[int, int] | torch.Size, sigma: float) -> Tensor:
@@ -205,10 +206,11 @@ class AnomalyMapGenerator(nn.Module):
         values = values.flatten(1)
         count = -int(-self.top_fraction * values.shape[1] // 1)
         top = values.topk(max(1, count), dim=1, sorted=False).values.mean(dim=1)
+        mean = values.mean(dim=1)
         if self.contrast:
-            top = top - self.contrast * values.mean(dim=1).minimum(self.limit)
+            top = top - self.contrast * mean.minimum(self.limit)
         # What a top-k does with NaN depends on the runtime; a broken pixel must not pass as normal in any of them.
-        return torch.where(values.isnan().any(dim=1), torch.full_like(top, float("nan")), top)
+        return torch.where(mean.isnan(), mean, top)
 
     def without_limit(self) -> "AnomalyMapGenerator":
         """Return a copy without the limit, which goes with the flow that it was observed with."""

@@ -255,8 +255,12 @@ class FeatureExtractor(nn.Module):
         maps = self._maps(images.contiguous(memory_format=torch.channels_last))
         if self.pool_size > 1 or self.pool_stride > 1:
             maps = [F.avg_pool2d(m, self.pool_size, self.pool_stride, self.pool_size // 2) for m in maps]
-        size = maps[self.reference].shape[-2:]
-        return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+        reference = maps[self.reference]
+        size = reference.shape[-2:]
+        return torch.cat(
+            [m if m is reference else F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps],
+            dim=1,
+        )
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         if images.device.type != "cpu" or torch.compiler.is_compiling():

@@ -330,4 +330,5 @@ class WTFlowPostProcessor(PostProcessor):
             return None
         # s / (s + T) > 1 - sensitivity, on the raw scale: exact at the threshold, and the same without normalisation.
         limit = threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
-        return (raw > limit) | raw.isnan() | ~threshold.isfinite()
+        # A comparison with NaN is false: "not below" calls a broken score anomalous, and any without a threshold.
+        return ~(raw <= torch.where(threshold.isfinite(), limit, float("nan")))

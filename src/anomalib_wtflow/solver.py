@@ -1,6 +1,7 @@
 """Solvers of ``dx/dt = v(x, t)``: unrolled fixed steps, which export, and torchdiffeq's adaptive ones, for analysis."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -44,6 +45,10 @@ class ODESolver(Protocol):
         """Carry ``x`` along ``field`` from time ``start`` to ``end``."""
         ...
 
+    def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
+        """Return ``(x(end) - x(start)) / (end - start)``."""
+        ...
+
 
 class Solver:
     """``x_{k+1} = x_k + h sum_i b_i v(x_k + h c_i k_{i-1}, t_k + c_i h)`` with K equal steps h.
@@ -72,7 +77,7 @@ class Solver:
         """Carry ``x`` along ``field`` from time ``start`` to ``end``.
 
         Args:
-            field: ``v(x, t)`` with ``x`` of shape ``(N, ...)`` and ``t`` of shape ``(N,)``.
+            field: ``v(x, t)`` with ``x`` of shape ``(N, ...)`` and ``t`` of shape ``(1,)``.
             x: Points at ``start``, ``(N, ...)``.
             start: Time at which the points are.
             end: Time to carry them to; smaller than ``start`` runs the flow backwards.
@@ -80,16 +85,25 @@ class Solver:
         Returns:
             The points at ``end``, of the shape of ``x``.
         """
+        return x + (end - start) * self.mean_velocity(field, x, start, end)
+
+    def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
+        """Return ``(x(end) - x(start)) / (end - start)``, arguments as for :meth:`integrate`."""
         h = (end - start) / self.steps
+        total: Tensor | None = None
         for step in range(self.steps):
-            slope = torch.zeros_like(x)
-            total = torch.zeros_like(x)
-            for node, weight in zip(self.tableau.nodes, self.tableau.weights, strict=True):
-                t = x.new_full((x.shape[0],), start + (step + node) * h)
-                slope = field(x + node * h * slope if node else x, t)
-                total = total + weight * slope
-            x = x + h * total
-        return x
+            slopes: list[Tensor] = []
+            for node in self.tableau.nodes:
+                # One time for all samples, so that what depends on it alone is a constant of an exported graph.
+                t = x.new_full((1,), start + (step + node) * h)
+                slopes.append(field(x + node * h * slopes[-1] if node else x, t))
+            terms = [s if w == 1 else w * s for w, s in zip(self.tableau.weights, slopes, strict=True) if w]
+            slope = reduce(torch.add, terms)
+            total = slope if total is None else total + slope
+            if step + 1 < self.steps:
+                x = x + h * slope
+        assert total is not None
+        return total if self.steps == 1 else total / self.steps
 
 
 class AdaptiveSolver:
@@ -142,6 +156,10 @@ class AdaptiveSolver:
                 f"({error}): loosen the tolerances, start later than t = {start:g}, or check the field for NaN."
             )
             raise RuntimeError(msg) from error
+
+    def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
+        """Return ``(x(end) - x(start)) / (end - start)``."""
+        return (self.integrate(field, x, start, end) - x) / (end - start)
 
 
 def not_exportable(name: str) -> str:

@@ -169,8 +169,7 @@ class WTFlowModel(nn.Module):
         velocity from the start time on, followed for one unit of time.
         """
         start = self.path.coefficients(torch.tensor(self.start_time)).a.item() * x0
-        end = self.solver.integrate(self.field, start, self.start_time, 1.0)
-        return x0 + (end - start) / (1 - self.start_time)
+        return x0 + self.solver.mean_velocity(self.field, start, self.start_time, 1.0)
 
     def log_density(self, y: Tensor) -> Tensor:
         """Density proxy of end points ``(N, C, H, W)``, ``(N, L, H, W)``: of each layer that has a field of its own."""
