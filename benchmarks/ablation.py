@@ -135,6 +135,9 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)),
         *({"steps": steps} for steps in (2, 4)),
     ],
+    "start and contrast": [
+        {"start_time": time, "contrast": share} for time in (0.25, 0.3, 0.35, 0.4) for share in (0.5, 0.75)
+    ],
     "coupling": [{"coupling": name} for name in ("independent", "worst", "worst_of_two", "antipodal")],
     "path": [{"path": name} for name in ("linear", "gaussian", "variance_preserving")],
     "normalization": [
@@ -143,7 +146,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"normalization": "whitening", "ridge": 0.3},
         {"normalization": "layer_norm"},
     ],
-    "network": [{"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))],
+    "network": [{"width": w, "depth": d} for w, d in ((128, 1), (256, 1), (256, 2), (512, 1))],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
     "training": [
         *({"epochs": epochs} for epochs in (10, 20, 40, 80)),

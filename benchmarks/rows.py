@@ -138,7 +138,7 @@ class LiteFastflow(FastflowBaseline):
 
 
 class NoFlow(WTFlow):
-    """Control: WTFlow whose flow is the identity, so that the map is the whitened features' squared norm."""
+    """Control: WTFlow whose flow is the identity, so that the map comes from the normalised features themselves."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(max_epochs=1, **kwargs)

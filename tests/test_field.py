@@ -25,9 +25,12 @@ def test_paper_size() -> None:
 
 def test_pointwise_size() -> None:
     channels, width = 152, 256
-    expected = 2 * (channels + 1) * width + 2 * (width + 1) * width + (width + 1) * channels
-    assert parameters(PointwiseField(channels, width, depth=1)) == expected
-    assert parameters(PointwiseField(channels, width, depth=3)) == expected + 2 * 3 * (width + 1) * width
+    inner = 64
+    ends = (channels + 1) * width + (width + 1) * channels
+    block = (channels + 1) * inner + (inner + 1) * width + (width + 1) * inner
+    assert parameters(PointwiseField(channels, width, depth=1)) == ends + block
+    further = (width + 1) * inner + (inner + 1) * width + (width + 1) * inner
+    assert parameters(PointwiseField(channels, width, depth=3)) == ends + block + 2 * further
 
 
 def test_pointwise_formula() -> None:
@@ -43,8 +46,8 @@ def test_pointwise_formula() -> None:
         return z / (1 + (-z).exp())
 
     times = [time(embedding)[:, :, None, None] for time in field.time]
-    h = apply(field.stem, x) + apply(field.reduce[0], silu(apply(field.expand[0], x) + times[0]))
-    h = h + apply(field.reduce[1], silu(apply(field.expand[1], h) + times[1]))
+    h = apply(field.stem, x) + apply(field.expand[0], silu(apply(field.reduce[0], x) + times[0]))
+    h = h + apply(field.expand[1], silu(apply(field.reduce[1], h) + times[1]))
     torch.testing.assert_close(field(x, t), apply(field.head, silu(h)))
 
 

@@ -125,7 +125,8 @@ class FeatureExtractor(nn.Module):
 
     Args:
         backbone: Name of a timm model.
-        layers: Names of its feature layers, finest first; None for those at strides 4, 8 and 16.
+        layers: Names of its feature layers, finest first; None for those at strides 4, 8 and 16,
+            or the last if there are none.
         pre_trained: Whether to load weights; False leaves the backbone random (for tests and controls).
         weights: Local ``.safetensors`` or ``.pth`` file to take them from; None for the packaged ones
             (``tf_efficientnet_lite0``) or timm's hub (any other).

@@ -66,8 +66,8 @@ class PointwiseField(nn.Module):
     """The same residual network at every position: 1x1 convolutions only (ours).
 
     ``h = A x + B silu(M x + T emb(t))``, then ``h <- h + B' silu(M' h + T' emb(t))`` for each further block,
-    ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide in its neighbourhood, and
-    its cost is a few matrix products.
+    ``v = C silu(h)``, with a quarter of h's channels inside a block. It sees one position at a time, so that an
+    unusual position cannot hide in its neighbourhood, and its cost is a few matrix products.
 
     Args:
         channels: Feature channels C.
@@ -84,18 +84,19 @@ class PointwiseField(nn.Module):
     def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
         super().__init__()
         self.embedding = TimeEmbedding(width)
+        inner = max(1, width // 4)
         self.stem = PointwiseConv(channels, width)
-        self.expand = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))
-        self.time = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.reduce = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth))
+        self.reduce = nn.ModuleList(PointwiseConv(width if block else channels, inner) for block in range(depth))
+        self.time = nn.ModuleList(nn.Linear(width, inner) for _ in range(depth))
+        self.expand = nn.ModuleList(PointwiseConv(inner, width) for _ in range(depth))
         self.head = PointwiseConv(width, channels)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all."""
         embedding = self.embedding(t)
         h, inner = self.stem(x), x
-        for expand, time, reduce in zip(self.expand, self.time, self.reduce, strict=True):
-            h = inner = h + reduce(F.silu(expand(inner) + time(embedding)[:, :, None, None]))
+        for reduce, time, expand in zip(self.reduce, self.time, self.expand, strict=True):
+            h = inner = h + expand(F.silu(reduce(inner) + time(embedding)[:, :, None, None]))
         return self.head(F.silu(h))
 
 

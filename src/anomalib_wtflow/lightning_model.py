@@ -60,7 +60,7 @@ class WTFlow(EpochDefault, AnomalibModule):
 
     Args:
         backbone: Name of a timm CNN; the default brings its weights along and needs no network.
-        layers: Feature layers, finest first; None for those at strides 4, 8 and 16.
+        layers: Feature layers, finest first; None for those at strides 4, 8 and 16, or the last if there are none.
         pre_trained: Whether the backbone gets trained weights.
         weights: Local ``.safetensors`` or ``.pth`` file with the backbone's weights.
         pool_size: Side of the window that the features are averaged over, odd; 1 for none.

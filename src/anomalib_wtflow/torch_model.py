@@ -29,7 +29,7 @@ class WTFlowModel(nn.Module):
 
     Args:
         backbone: Name of a timm CNN.
-        layers: Feature layers, finest first; None for those at strides 4, 8 and 16.
+        layers: Feature layers, finest first; None for those at strides 4, 8 and 16, or the last if there are none.
         pre_trained: Whether the backbone gets trained weights.
         weights: Local weights file of the backbone, or None.
         pool_size: Side of the window that the features are averaged over, odd; 1 for none.
