@@ -258,8 +258,8 @@ def settings_of(row: str, data: str) -> dict[str, Any]:
     return {**ROWS[row].settings, **EXCEPTIONS.get((row, data), {})}
 
 
-def build(row: str, data: str, memo: Memo | None) -> tuple[AnomalibModule, dict[str, Any]]:
-    """Build a row's model, and say with which settings."""
+def build(row: str, data: str, memo: Memo | None, **more: Any) -> tuple[AnomalibModule, dict[str, Any]]:
+    """Build a row's model, with more settings if given, and say with which settings of the row."""
     settings = settings_of(row, data)
     ours = isinstance(ROWS[row].build, type) and issubclass(ROWS[row].build, WTFlow)
     extra: dict[str, Any] = {"evaluator": evaluator(own_threshold=ours), "visualizer": False}
@@ -268,7 +268,7 @@ def build(row: str, data: str, memo: Memo | None) -> tuple[AnomalibModule, dict[
         extra["post_processor"] = Squash(enable_normalization=False, enable_thresholding=False)
     elif row != "WTFlow":
         extra["image_size"] = IMAGE_SIZE
-    model = ROWS[row].build(**settings, **extra)
+    model = ROWS[row].build(**settings, **extra, **more)
     if memo is not None:
         memo.wrap(feature_network(model))
     return model, settings

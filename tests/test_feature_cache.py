@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.data import Batch
 from torchvision.transforms import v2
 
 from anomalib_wtflow import SyntheticParts, WTFlow
@@ -75,6 +76,35 @@ def test_no_image_passes_the_backbone_twice(parts: SyntheticParts, tmp_path: Pat
     for budget in (1.0, 1e-9):
         assert backbone_images(parts, tmp_path, feature_cache=budget) == {"before": 13, "epochs": 3}
     assert backbone_images(parts, tmp_path, feature_cache=0) == {"before": 13, "epochs": 3 * 13 + 3}
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(1.0, 1), (1e-9, 1), (0.0, 3)])
+def test_validation_images_pass_the_backbone_once(
+    parts: SyntheticParts, tmp_path: Path, budget: float, passes: int
+) -> None:
+    """In three epochs, with the scores that a pass through the backbone would give."""
+    module = as_mvtec(parts)
+    model = WTFlow(**{**SMALL, "feature_cache": budget})
+    extract, step = model.model.extract, model.validation_step
+    seen: list[int] = []
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        if model.trainer.validating:
+            seen.append(len(images))
+        return extract(images)
+
+    def checked(batch: Batch, batch_idx: int) -> object:
+        expected = model.model.predict(extract(batch.image), batch.image.shape[-2:])
+        result = step(batch, batch_idx)
+        torch.testing.assert_close(result.pred_score, expected.pred_score)
+        torch.testing.assert_close(result.anomaly_map, expected.anomaly_map.squeeze(1))
+        return result
+
+    model.model.extract, model.validation_step = counted, checked
+    quiet_engine(tmp_path).fit(model, datamodule=module)
+    held_out_for_the_threshold = 3
+    assert sum(seen) == passes * len(module.val_data) + held_out_for_the_threshold
+    assert model._validation is None
 
 
 def test_no_cache_where_images_change(parts: SyntheticParts, tmp_path: Path) -> None:

@@ -95,10 +95,10 @@ class WTFlow(EpochDefault, AnomalibModule):
             F1 threshold.
         calibration_ratio: Share of the training images, in (0, 1), that is held out for the threshold where the
             validation set cannot serve.
-        feature_cache: GiB of memory for the features of the training images, which otherwise pass the backbone in every
-            epoch; beyond it they go to a memory-mapped temporary file; 0 for none. There is none either where images
-            are augmented at random, pre-processed by transforms that are not known to be deterministic, or trained on
-            by several processes.
+        feature_cache: GiB of memory for the features of the training images, and as much for those of the validation
+            images, which otherwise pass the backbone in every epoch; beyond it they go to a memory-mapped temporary
+            file; 0 for none. There is none either where images are augmented at random, pre-processed by transforms
+            that are not known to be deterministic, or trained on by several processes.
         max_epochs: Epochs, unless the trainer is told otherwise.
         optimizer: ``adamw``, ``adam`` or ``sgd``.
         learning_rate: Peak learning rate.
@@ -121,6 +121,8 @@ class WTFlow(EpochDefault, AnomalibModule):
     trained_epochs: int = 0
     _store: FeatureStore | None = None
     _image_loader: Any = None
+    _validation: tuple[FeatureStore, dict[int, slice]] | None = None
+    """Features of the validation images, and where those of each batch are."""
 
     def __init__(
         self,
@@ -418,6 +420,20 @@ class WTFlow(EpochDefault, AnomalibModule):
             shuffle = isinstance(loader.sampler, RandomSampler)
             self._feed(FeatureLoader(store.features, loader.batch_size, shuffle, loader.drop_last))
 
+    def _features_of(self, batch: Batch, index: int) -> Tensor:
+        """Return a validation batch's features, from the cache if this training has seen the batch before."""
+        images: Any = batch.image
+        loader: Any = self.trainer.val_dataloaders
+        if not self._can_cache(loader) or not isinstance(loader.sampler, SequentialSampler):
+            return self.model.extract(images)
+        if self._validation is None:
+            self._validation = FeatureStore(len(loader.dataset), self.feature_cache * 2**30), {}
+        store, places = self._validation
+        if index not in places:
+            places[index] = slice(store.filled, store.filled + len(images))
+            store.append(self.model.extract(images))
+        return store.features[places[index]].to(self.device)
+
     def _can_cache(self, loader: Any) -> bool:
         """Whether each epoch would show the backbone the same images, all of them to this process."""
         data = loader.dataset
@@ -453,7 +469,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         if self._store is not None:
             loop: Any = self.trainer.fit_loop
             loop._combined_loader.flattened = [self._image_loader]
-        self._store = self._image_loader = None
+        self._store = self._image_loader = self._validation = None
 
     def on_validation_start(self) -> None:
         """Set the limit of the contrast for the present weights."""
@@ -520,9 +536,13 @@ class WTFlow(EpochDefault, AnomalibModule):
         return {"loss": loss}
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score one batch."""
-        del args, kwargs
-        return self._score(batch)
+        """Score one batch; while training, its images pass the backbone the first time only."""
+        index = args[0] if args else kwargs["batch_idx"]
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return self._score(batch)
+        images: Any = batch.image
+        predictions = self.model.predict(self._features_of(batch, index), images.shape[-2:])
+        return batch.update(**self._finite(predictions)._asdict())
 
     def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score one batch."""
