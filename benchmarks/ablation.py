@@ -71,20 +71,20 @@ class Setting:
     path: str = "variance_preserving"
     coupling: str = "worst"
     thinning: int = 2
-    time_sampling: str = "uniform"
+    time_sampling: str = "logit_normal"
     blocks: int = 1
     epochs: int = 80
     batch_size: int = 32
     learning_rate: float = 3e-3
     scheduler: str = "cosine"
-    start_time: float | None = 0.25
+    start_time: float | None = 0.35
     steps: int = 1
     density: str = "student"
     anomaly_map: str = "absolute"
     smoothing: float = 4.0
     top_fraction: float = 0.03
     image_score: str = "features"
-    contrast: float = 0.5
+    contrast: float = 0.75
     limit: bool = True
     score_window: int = 3
     seed: int = 0
@@ -130,13 +130,13 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"image_score": "map", "contrast": 0.0},
         *({"top_fraction": share} for share in (0.01, 0.1)),
     ],
-    "map": [*({"smoothing": sigma} for sigma in (0.0, 2.0, 4.0, 8.0)), {"anomaly_map": "relative"}],
+    "map": [*({"smoothing": sigma} for sigma in (0.0, 2.0, 4.0, 6.0, 8.0)), {"anomaly_map": "relative"}],
     "start": [
         *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)),
         *({"steps": steps} for steps in (2, 4)),
     ],
     "start and contrast": [
-        {"start_time": time, "contrast": share} for time in (0.25, 0.3, 0.35, 0.4) for share in (0.5, 0.75)
+        {"start_time": time, "contrast": share} for time in (0.3, 0.35, 0.4) for share in (0.5, 0.75)
     ],
     "coupling": [{"coupling": name} for name in ("independent", "worst", "worst_of_two", "antipodal")],
     "path": [{"path": name} for name in ("linear", "gaussian", "variance_preserving")],
@@ -146,7 +146,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"normalization": "whitening", "ridge": 0.3},
         {"normalization": "layer_norm"},
     ],
-    "network": [{"width": w, "depth": d} for w, d in ((128, 1), (256, 1), (256, 2), (512, 1))],
+    "network": [{"width": width} for width in (None, 128, 256)],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
     "training": [
         *({"epochs": epochs} for epochs in (10, 20, 40, 80)),
@@ -454,7 +454,8 @@ class Ablation:
 
         The last one is kept.
         """
-        training = (data, replace(setting, **{name: getattr(START, name) for name in INFERENCE}))
+        inference = set(INFERENCE) - ({"start_time"} if setting.time_sampling == "logit_normal" else set())
+        training = (data, replace(setting, **{name: getattr(START, name) for name in inference}))
         if not self.trained or self.trained[0] != training:
             images = self.images(data)
             x, y = normalise(features(images.train, setting), features(images.test, setting), setting)

@@ -71,7 +71,7 @@ class PointwiseField(nn.Module):
 
     Args:
         channels: Feature channels C.
-        width: Hidden channels, even.
+        width: Hidden channels, even; None for ``min(256, 4 C)``.
         depth: Number of residual blocks.
 
     Raises:
@@ -81,8 +81,9 @@ class PointwiseField(nn.Module):
     min_size = 1
     pointwise = True
 
-    def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
+    def __init__(self, channels: int, width: int | None = None, depth: int = 1) -> None:
         super().__init__()
+        width = min(256, 4 * channels) if width is None else width
         self.embedding = TimeEmbedding(width)
         inner = max(1, width // 4)
         self.stem = PointwiseConv(channels, width)
