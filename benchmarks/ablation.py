@@ -324,7 +324,7 @@ def best_f1(label: np.ndarray, score: np.ndarray) -> float:
 
 def settings(factor: str, base: Setting, seeds: list[int]) -> list[Setting]:
     """Return the settings of a factor, for all seeds."""
-    return [replace(base, **change, seed=seed) for change in FACTORS[factor] for seed in seeds]
+    return [replace(base, **change, seed=seed) for seed in seeds for change in FACTORS[factor]]
 
 
 def times(factor: str, setting: Setting) -> list[float | None]:
