@@ -6,8 +6,8 @@ Usage:
     python benchmarks/ablation.py --rank              each factor's mean ranks as Markdown, from the JSON
 
 The backbone's layers are computed once a run; a field is trained on them as ``WTFlow`` does by default (AdamW,
-cosine), on the 80 % of the training images that WTFlow keeps, and scored from several start times; without a start
-time it is the no-flow control. A factor is ranked at the base's start time. Pixel metrics are taken on every fourth
+cosine), on the 80 % of the training images that WTFlow keeps, and scored from the start time; without one it is the
+no-flow control. A factor is ranked at the base's start time. Pixel metrics are taken on every fourth
 pixel in each direction of the 256 x 256 map. One JSON line a setting; what is there already is not repeated.
 docs/ablation.md has the selection rule.
 """
@@ -71,7 +71,7 @@ class Setting:
     path: str = "variance_preserving"
     coupling: str = "worst"
     thinning: int = 2
-    time_sampling: str = "logit_normal"
+    time_sampling: str = "uniform"
     blocks: int = 1
     epochs: int = 80
     batch_size: int = 32
@@ -95,7 +95,7 @@ START = Setting()
 SCORE = ("density", "anomaly_map", "smoothing", "top_fraction", "image_score", "contrast", "limit", "score_window")
 """What turns end points of the flow into a map and a score."""
 INFERENCE = ("start_time", "steps", *SCORE)
-"""What does not need another training."""
+"""What does not need another training, unless the times of training are centred at the start time."""
 FEATURES = (
     "strides",
     "side",
@@ -132,11 +132,11 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "map": [*({"smoothing": sigma} for sigma in (0.0, 2.0, 4.0, 6.0, 8.0)), {"anomaly_map": "relative"}],
     "start": [
-        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5)),
+        *({"start_time": time} for time in (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
         *({"steps": steps} for steps in (2, 4)),
     ],
     "start and contrast": [
-        {"start_time": time, "contrast": share} for time in (0.3, 0.35, 0.4) for share in (0.5, 0.75)
+        {"start_time": time, "contrast": share} for time in (0.25, 0.3, 0.35, 0.4) for share in (0.5, 0.75)
     ],
     "coupling": [{"coupling": name} for name in ("independent", "worst", "worst_of_two", "antipodal")],
     "path": [{"path": name} for name in ("linear", "gaussian", "variance_preserving")],
@@ -146,7 +146,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"normalization": "whitening", "ridge": 0.3},
         {"normalization": "layer_norm"},
     ],
-    "network": [{"width": width} for width in (None, 128, 256)],
+    "network": [{"width": width} for width in (128, None, 512)],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
     "training": [
         *({"epochs": epochs} for epochs in (10, 20, 40, 80)),
@@ -239,7 +239,7 @@ def train(x0: Tensor, setting: Setting) -> tuple[nn.Module, float]:
     layers = channels(setting) if setting.fields == "per_layer" else sum(channels(setting))
     field = get_field(setting.network, layers, setting.width, setting.depth)
     path, coupling, loss = ProbabilityPath(setting.path), get_coupling(setting.coupling), WTFlowLoss()
-    times = get_time_sampling(setting.time_sampling, setting.start_time or START.start_time)
+    times = get_time_sampling(setting.time_sampling, setting.start_time)
     optimizer = torch.optim.AdamW(field.parameters(), lr=setting.learning_rate, weight_decay=1e-2)
     batches = -(-len(x0) // setting.batch_size)
     schedule = SCHEDULERS[setting.scheduler](setting.epochs * batches)
@@ -397,7 +397,7 @@ def of_factor(lines: list[dict[str, Any]], factor: str, base: Setting) -> list[d
     """Return a factor's lines that are ranked, with their labels: those at the start time of their setting."""
     own = {key(data, jsonable(s)) for data in SETS for s in settings(factor, base, [0, 1, 2])}
     here = [line for line in lines if line["factor"] == factor and key(line["data"], line["setting"]) in own]
-    names = differing(here)
+    names = differing(here) if here else []
     return [{**line, "label": label(line["setting"], names)} for line in here]
 
 
@@ -406,6 +406,8 @@ def rankings(lines: list[dict[str, Any]]) -> str:
     text = []
     for factor in dict.fromkeys(line["factor"] for line in lines):
         here = of_factor(lines, factor, base_of(lines, factor))
+        if not here:  # its settings are not among today's
+            continue
         titles = " | ".join(f"{data.split('_')[1]} {METRICS[k].replace('_', ' ')}" for data in SETS for k in SHOWN)
         text += [
             f"**{factor}**",
@@ -475,7 +477,7 @@ class Ablation:
                     name = key(data, jsonable(one))
                     if (factor, name) in done:
                         continue
-                    line = known[name] if name in known else self.line(data, one)
+                    line = known[name] if name in known else self.line(data, one, setting)
                     line = {**line, "factor": factor, "base": jsonable(base)}
                     append(self.output, line)
                     known[name] = line
@@ -484,9 +486,9 @@ class Ablation:
                     print(f"{now} {factor}: {data}, {line['metrics']}", file=sys.stderr, flush=True)
         return of_factor(read(self.output), factor, base)
 
-    def line(self, data: str, setting: Setting) -> dict[str, Any]:
-        """Measure one setting on one data set."""
-        field, features, training, seconds = self.field(data, setting)
+    def line(self, data: str, setting: Setting, trained: Setting) -> dict[str, Any]:
+        """Measure one setting on one data set, with the field trained for another that may differ in its start time."""
+        field, features, training, seconds = self.field(data, trained)
         ends = [end_points(field, x, setting, setting.start_time) for x in (features, training)]
         return {
             "data": data,

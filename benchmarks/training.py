@@ -1,10 +1,12 @@
-"""Seconds and memory of training: WTFlow beside FastFlow, Padim and Patchcore on the same features.
+"""Seconds and memory of training: WTFlow beside FastFlow, Padim and Patchcore on the same backbone.
 
 Usage:
     python benchmarks/training.py [--data mvtec_bottle magnetic_tile]     measure what is missing; JSON
     python benchmarks/training.py --render                                the tables of the README, from the JSON
 
-Seed 0, through anomalib's ``Engine``, image decoding included. Each model runs in processes of its own: one that trains
+Seed 0, through anomalib's ``Engine``, image decoding included; WTFlow trains on the 80 % of the images that it does not
+hold out for its threshold, the others on all. FastFlow, Padim and Patchcore run the backbone as timm builds it, WTFlow
+its own, folded one. Each model runs in processes of its own: one that trains
 and nothing else, for the seconds, the peak memory and the seconds of each epoch; for the flows another one that tests
 after an epoch with the clock stopped, for the AUROC at each moment. ``WTFlow, no cache`` passes all images through
 the backbone in every epoch, for a few epochs.
@@ -35,6 +37,8 @@ from rich.progress import track
 from rows import ROWS, Memo, build, data_module, feature_network
 from sklearn.metrics import roc_auc_score
 
+from anomalib_wtflow import WTFlow
+
 RESULTS = Path(__file__).parent / "results" / "training.json"
 DATA = ("mvtec_bottle", "magnetic_tile")
 NO_CACHE = "WTFlow, no cache"
@@ -60,10 +64,11 @@ class Clock(Callback):
         self.curve: list[tuple[int, float, float]] = []
         self.memo = Memo()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note when the first epoch begins: with a cache, after the images have passed the backbone."""
-        del trainer, pl_module
-        self.begun = time.perf_counter() - self.start
+        del pl_module
+        if trainer.current_epoch == 0:
+            self.begun = time.perf_counter() - self.start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time, and test."""
@@ -82,11 +87,15 @@ class Clock(Callback):
         forward = network.forward
         self.memo.wrap(network)
         model.eval()
+        if isinstance(model, WTFlow):  # its own hook, which sets the limit of the contrast, comes after this one
+            model.model.observe(model._reference, model._image_size)
         scores, labels = [], []
-        for batch in self.module.test_dataloader():
-            images = model.pre_processor(batch.image) if isinstance(model.pre_processor, PreProcessor) else batch.image
-            scores += model.model(images).pred_score.flatten().tolist()
-            labels += batch.gt_label.tolist()
+        with torch.random.fork_rng():
+            for batch in self.module.test_dataloader():
+                pre_processor = model.pre_processor
+                images = pre_processor(batch.image) if isinstance(pre_processor, PreProcessor) else batch.image
+                scores += model.model(images).pred_score.flatten().tolist()
+                labels += batch.gt_label.tolist()
         model.train()
         network.forward = forward
         return round(float(roc_auc_score(labels, scores)), 4)
@@ -166,13 +175,15 @@ def tables(lines: list[dict[str, Any]]) -> str:
         best = max((value for _, _, value in here["FastFlow"]["curve"]), default=None) if "FastFlow" in here else None
         times: dict[str, float] = {}
         for name, line in here.items():
-            until = reached(line["curve"], best) if best is not None and line["curve"] else None
+            flow = best is not None and line["curve"]
+            until = reached(line["curve"], best) if flow else None
+            cell = "never" if flow else ""
             if until is not None:
                 times[name] = until
+                cell = f"{until:.1f} s ({best:.4f})"
             epoch = "" if line["epoch_seconds"] is None else f"{line['epoch_seconds']:.2f} s"
             text.append(
-                f"| {name} | {line['seconds']:.0f} s | {line['epochs']} | {epoch} | {line['peak_MiB']} MiB | "
-                f"{'' if until is None else f'{until:.1f} s ({best:.4f})'} |"
+                f"| {name} | {line['seconds']:.0f} s | {line['epochs']} | {epoch} | {line['peak_MiB']} MiB | {cell} |"
             )
         text.append("")
         text += promises(here, times)
@@ -185,13 +196,17 @@ def promises(here: dict[str, dict[str, Any]], times: dict[str, float]) -> list[s
     text = []
     if {"WTFlow", "FastFlow"} <= set(times):
         ratio = times["FastFlow"] / times["WTFlow"]
-        text.append(f"FastFlow / WTFlow, seconds to FastFlow's best image AUROC: {ratio:.1f} (at least 5)")
+        text.append(f"- FastFlow / WTFlow, seconds to FastFlow's best image AUROC: {ratio:.1f} (at least 5)")
+    elif {"WTFlow", "FastFlow"} <= set(here):
+        text.append("- FastFlow / WTFlow, seconds to FastFlow's best image AUROC: NOT reached (at least 5)")
     if {"WTFlow", "Patchcore"} <= set(here):
         ratio = here["WTFlow"]["peak_MiB"] / here["Patchcore"]["peak_MiB"]
-        text.append(f"WTFlow / Patchcore, peak memory: {ratio:.2f} (at most 1)")
+        text.append(f"- WTFlow / Patchcore, peak memory: {ratio:.2f} (at most 1)")
     if {"WTFlow", NO_CACHE} <= set(here):
         cached, whole = here["WTFlow"]["epoch_seconds"], here[NO_CACHE]["epoch_seconds"]
-        text.append(f"Cached epoch / backbone epoch: {cached / (whole - cached):.3f} (at most 0.10)")
+        text.append(
+            f"- Cached epoch / loading and backbone of an epoch: {cached / (whole - cached):.3f} (at most 0.10)"
+        )
     return text
 
 

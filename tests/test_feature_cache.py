@@ -107,6 +107,43 @@ def test_validation_images_pass_the_backbone_once(
     assert model._validation is None
 
 
+def test_a_list_of_validation_loaders_is_not_cached(parts: SyntheticParts, tmp_path: Path) -> None:
+    module = as_mvtec(parts)
+    module.setup()
+    model = WTFlow(**{**SMALL, "max_epochs": 1, "false_alarm_rate": None})
+    quiet_engine(tmp_path).fit(
+        model, train_dataloaders=module.train_dataloader(), val_dataloaders=[module.val_dataloader()]
+    )
+    assert model.trainer.global_step == 2
+
+
+def test_features_of_another_validation_set_are_forgotten(parts: SyntheticParts, tmp_path: Path) -> None:
+    """After a training that was cut short, which leaves its features behind."""
+    model = WTFlow(**SMALL)
+    step = model.validation_step
+
+    def cut(batch: Batch, batch_idx: int) -> None:
+        step(batch, batch_idx)
+        raise ZeroDivisionError
+
+    model.validation_step = cut
+    with pytest.raises(ZeroDivisionError):
+        quiet_engine(tmp_path).fit(model, datamodule=as_mvtec(parts))
+    assert model._validation is not None
+
+    def checked(batch: Batch, batch_idx: int) -> object:
+        expected = model.model.predict(model.model.extract(batch.image), batch.image.shape[-2:])
+        result = step(batch, batch_idx)
+        torch.testing.assert_close(result.pred_score, expected.pred_score)
+        return result
+
+    model.validation_step = checked
+    reversed_set = as_mvtec(parts)
+    reversed_set.setup()
+    reversed_set.val_data = reversed_set.val_data.subsample(list(range(len(reversed_set.val_data)))[::-1])
+    quiet_engine(tmp_path).fit(model, datamodule=reversed_set)
+
+
 def test_no_cache_where_images_change(parts: SyntheticParts, tmp_path: Path) -> None:
     assert backbone_images(parts, tmp_path, augment=True)["epochs"] == 3 * 13 + 3
 

@@ -25,12 +25,10 @@ def test_paper_size() -> None:
 
 def test_pointwise_size() -> None:
     channels, width = 152, 256
-    inner = 64
     ends = (channels + 1) * width + (width + 1) * channels
-    block = (channels + 1) * inner + (inner + 1) * width + (width + 1) * inner
+    block = (channels + 1) * width + 2 * (width + 1) * width
     assert parameters(PointwiseField(channels, width, depth=1)) == ends + block
-    further = (width + 1) * inner + (inner + 1) * width + (width + 1) * inner
-    assert parameters(PointwiseField(channels, width, depth=3)) == ends + block + 2 * further
+    assert parameters(PointwiseField(channels, width, depth=3)) == ends + block + 2 * 3 * (width + 1) * width
 
 
 def test_pointwise_formula() -> None:
@@ -46,8 +44,8 @@ def test_pointwise_formula() -> None:
         return z / (1 + (-z).exp())
 
     times = [time(embedding)[:, :, None, None] for time in field.time]
-    h = apply(field.stem, x) + apply(field.expand[0], silu(apply(field.reduce[0], x) + times[0]))
-    h = h + apply(field.expand[1], silu(apply(field.reduce[1], h) + times[1]))
+    h = apply(field.stem, x) + apply(field.outer[0], silu(apply(field.inner[0], x) + times[0]))
+    h = h + apply(field.outer[1], silu(apply(field.inner[1], h) + times[1]))
     torch.testing.assert_close(field(x, t), apply(field.head, silu(h)))
 
 

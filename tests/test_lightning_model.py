@@ -285,7 +285,7 @@ def test_infinite_scores_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_
 
 def test_a_checkpoint_of_other_settings_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
     """start_time and the rest would load without an error, and change the scores under the same threshold."""
-    message = r"trained with network='pointwise' \(here 'unet'\), start_time=0.25 \(here 0.2\): give the model the same"
+    message = r"trained with network='pointwise' \(here 'unet'\), start_time=0.35 \(here 0.2\): give the model the same"
     with pytest.raises(ValueError, match=message):
         quiet_engine(tmp_path).test(
             WTFlow(start_time=0.2, network="unet"), datamodule=trained.parts, ckpt_path=trained.checkpoint

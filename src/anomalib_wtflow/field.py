@@ -66,12 +66,12 @@ class PointwiseField(nn.Module):
     """The same residual network at every position: 1x1 convolutions only (ours).
 
     ``h = A x + B silu(M x + T emb(t))``, then ``h <- h + B' silu(M' h + T' emb(t))`` for each further block,
-    ``v = C silu(h)``, with a quarter of h's channels inside a block. It sees one position at a time, so that an
-    unusual position cannot hide in its neighbourhood, and its cost is a few matrix products.
+    ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide in its neighbourhood, and
+    its cost is a few matrix products.
 
     Args:
         channels: Feature channels C.
-        width: Hidden channels, even; None for ``min(256, 4 C)``.
+        width: Hidden channels, even.
         depth: Number of residual blocks.
 
     Raises:
@@ -81,23 +81,21 @@ class PointwiseField(nn.Module):
     min_size = 1
     pointwise = True
 
-    def __init__(self, channels: int, width: int | None = None, depth: int = 1) -> None:
+    def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
         super().__init__()
-        width = min(256, 4 * channels) if width is None else width
         self.embedding = TimeEmbedding(width)
-        inner = max(1, width // 4)
         self.stem = PointwiseConv(channels, width)
-        self.reduce = nn.ModuleList(PointwiseConv(width if block else channels, inner) for block in range(depth))
-        self.time = nn.ModuleList(nn.Linear(width, inner) for _ in range(depth))
-        self.expand = nn.ModuleList(PointwiseConv(inner, width) for _ in range(depth))
+        self.inner = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))
+        self.time = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outer = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth))
         self.head = PointwiseConv(width, channels)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all."""
         embedding = self.embedding(t)
-        h, inner = self.stem(x), x
-        for reduce, time, expand in zip(self.reduce, self.time, self.expand, strict=True):
-            h = inner = h + expand(F.silu(reduce(inner) + time(embedding)[:, :, None, None]))
+        h, z = self.stem(x), x
+        for inner, time, outer in zip(self.inner, self.time, self.outer, strict=True):
+            h = z = h + outer(F.silu(inner(z) + time(embedding)[:, :, None, None]))
         return self.head(F.silu(h))
 
 

@@ -69,7 +69,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         normalization: ``layer_norm``, ``channel`` or ``whitening``.
         network: Vector field, ``pointwise`` or ``unet``.
         fields: ``per_layer`` for a network of its own for each layer, or ``joint`` for one that sees all of them.
-        width: Width of each network; None for its own default (at most 256, or 48 for the U-Net).
+        width: Width of each network; None for its own default (256, or 48 for the U-Net).
         depth: Depth of each network; None for its own default (1, or 2 for the U-Net).
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
@@ -95,10 +95,11 @@ class WTFlow(EpochDefault, AnomalibModule):
             F1 threshold.
         calibration_ratio: Share of the training images, in (0, 1), that is held out for the threshold where the
             validation set cannot serve.
-        feature_cache: GiB of memory for the features of the training images, and as much for those of the validation
-            images, which otherwise pass the backbone in every epoch; beyond it they go to a memory-mapped temporary
-            file; 0 for none. There is none either where images are augmented at random, pre-processed by transforms
-            that are not known to be deterministic, or trained on by several processes.
+        feature_cache: GiB of memory for the features of the training images, and as much each for those of the
+            validation images and of the ones held out for the threshold, which otherwise pass the backbone in every
+            epoch; beyond it they go to a memory-mapped temporary file; 0 for none. There is none either where images
+            are augmented at random, pre-processed by transforms that are not known to be deterministic, or trained on
+            by several processes.
         max_epochs: Epochs, unless the trainer is told otherwise.
         optimizer: ``adamw``, ``adam`` or ``sgd``.
         learning_rate: Peak learning rate.
@@ -121,8 +122,8 @@ class WTFlow(EpochDefault, AnomalibModule):
     trained_epochs: int = 0
     _store: FeatureStore | None = None
     _image_loader: Any = None
-    _validation: tuple[FeatureStore, dict[int, slice]] | None = None
-    """Features of the validation images, and where those of each batch are."""
+    _validation: tuple[Any, FeatureStore, dict[int, slice]] | None = None
+    """The validation loader, the features of its images, and where those of each batch are."""
 
     def __init__(
         self,
@@ -145,13 +146,13 @@ class WTFlow(EpochDefault, AnomalibModule):
         time_sampling: TimeSamplingName = "uniform",
         solver: SolverName = "euler",
         steps: int = 1,
-        start_time: float = 0.25,
+        start_time: float = 0.35,
         density: DensityName = "student",
         anomaly_map: MapName = "absolute",
         top_fraction: float = 0.03,
         sigma: float = 4.0,
         image_score: ImageScoreName = "features",
-        contrast: float = 0.5,
+        contrast: float = 0.75,
         score_window: int = 3,
         image_size: int | tuple[int, int] | None = None,
         false_alarm_rate: float | None = 0.05,
@@ -363,7 +364,8 @@ class WTFlow(EpochDefault, AnomalibModule):
             raise ValueError(not_exportable(self.model.solver.name))
 
     def on_fit_start(self) -> None:
-        """Keep Lightning from warning that the backbone is in evaluation mode: it is meant to be."""
+        """Forget what an interrupted training has left, and keep Lightning from warning of the frozen backbone."""
+        self._validation = None
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def on_train_start(self) -> None:
@@ -426,22 +428,24 @@ class WTFlow(EpochDefault, AnomalibModule):
         loader: Any = self.trainer.val_dataloaders
         if not self._can_cache(loader) or not isinstance(loader.sampler, SequentialSampler):
             return self.model.extract(images)
-        if self._validation is None:
-            self._validation = FeatureStore(len(loader.dataset), self.feature_cache * 2**30), {}
-        store, places = self._validation
+        if self._validation is None or self._validation[0] is not loader:
+            self._validation = loader, FeatureStore(len(loader.dataset), self.feature_cache * 2**30), {}
+        _, store, places = self._validation
         if index not in places:
-            places[index] = slice(store.filled, store.filled + len(images))
+            place = slice(store.filled, store.filled + len(images))
             store.append(self.model.extract(images))
+            places[index] = place
         return store.features[places[index]].to(self.device)
 
     def _can_cache(self, loader: Any) -> bool:
         """Whether each epoch would show the backbone the same images, all of them to this process."""
+        if not isinstance(loader, DataLoader):
+            return False
         data = loader.dataset
         transform = getattr(self.pre_processor, "transform", None)
         return (
             self.feature_cache > 0
             and self.trainer.world_size == 1
-            and isinstance(loader, DataLoader)
             and isinstance(loader.sampler, RandomSampler | SequentialSampler)
             and loader.batch_size is not None
             and isinstance(data, AnomalibDataset)

@@ -71,17 +71,17 @@ class EmpiricalField:
         return logits
 
     def weights(self, x: Tensor, t: Tensor) -> Tensor:
-        """Posterior weight of each data point at points ``(N, ...)`` and times ``(N,)``, as ``(N, M)``.
+        """Posterior weight of each data point at points ``(N, ...)`` and times ``(N,)`` or ``(1,)``, as ``(N, M)``.
 
         Raises:
             ValueError: If the path has no noise at one of the times.
         """
-        x = x.flatten(1)
+        x, t = x.flatten(1), t.expand(len(x))
         size = max(1, MAX_PAIRS // (len(self.data) * x.shape[1]))
         return torch.cat([self._logits(*part).softmax(1) for part in zip(x.split(size), t.split(size), strict=True)])
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity at points ``(N, ...)`` and times ``(N,)``, of the shape of ``x``.
+        """Return the velocity at points ``(N, ...)`` and times ``(N,)`` or ``(1,)``, of the shape of ``x``.
 
         Raises:
             ValueError: If the path has no noise at one of the times.
@@ -162,7 +162,7 @@ class GaussianField:
         return a[:, None] ** 2 * self.values + s[:, None] ** 2
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity at points ``(N, ...)`` and times ``(N,)``, of the shape of ``x``.
+        """Return the velocity at points ``(N, ...)`` and times ``(N,)`` or ``(1,)``, of the shape of ``x``.
 
         Raises:
             ValueError: If S is singular and the path has no noise at one of the times.

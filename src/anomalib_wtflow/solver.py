@@ -12,6 +12,7 @@ from anomalib_wtflow._registry import lookup
 
 SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 VectorField = Callable[[Tensor, Tensor], Tensor]
+"""``v(x, t)`` of points ``(N, ...)`` at times ``(N,)``, or ``(1,)`` for one time for all."""
 
 
 class Tableau(NamedTuple):
@@ -88,7 +89,7 @@ class Solver:
         return x + (end - start) * self.mean_velocity(field, x, start, end)
 
     def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Return ``(x(end) - x(start)) / (end - start)``, arguments as for :meth:`integrate`."""
+        """Return ``(x(end) - x(start)) / (end - start)``, of the shape of ``x``; arguments as for :meth:`integrate`."""
         h = (end - start) / self.steps
         total: Tensor | None = None
         for step in range(self.steps):

@@ -86,13 +86,13 @@ class WTFlowModel(nn.Module):
         time_sampling: str = "uniform",
         solver: str = "euler",
         steps: int = 1,
-        start_time: float = 0.25,
+        start_time: float = 0.35,
         density: str = "student",
         anomaly_map: str = "absolute",
         top_fraction: float = 0.03,
         sigma: float = 4.0,
         image_score: str = "features",
-        contrast: float = 0.5,
+        contrast: float = 0.75,
         score_window: int = 3,
     ) -> None:
         super().__init__()
