@@ -66,6 +66,8 @@ class Setting:
     ridge: float = 0.01
     network: str = "pointwise"
     fields: str = "per_layer"
+    network_version: int = 2
+    """Shape of the pointwise network: 2 since its first block reads the features themselves."""
     width: int | None = None
     depth: int | None = None
     path: str = "variance_preserving"
@@ -146,7 +148,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"normalization": "whitening", "ridge": 0.3},
         {"normalization": "layer_norm"},
     ],
-    "network": [{"width": width} for width in (128, None, 512)],
+    "network": [{"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
     "training": [
         *({"epochs": epochs} for epochs in (10, 20, 40, 80)),
@@ -335,6 +337,15 @@ def times(factor: str, setting: Setting) -> list[float | None]:
     return [*control, setting.start_time]
 
 
+def results(path: Path) -> list[dict[str, Any]]:
+    """Read the measurements; those of the network's first shape do not say so."""
+    lines = read(path)
+    for line in lines:
+        for setting in (line["setting"], line["base"]):
+            setting.setdefault("network_version", 1)
+    return lines
+
+
 def key(data: str, setting: dict[str, Any]) -> str:
     """Identity of a measurement."""
     return json.dumps([data, setting], sort_keys=True)
@@ -467,7 +478,7 @@ class Ablation:
 
     def run(self, factor: str, base: Setting, seeds: list[int]) -> list[dict[str, Any]]:
         """Measure a factor around ``base``, and return its ranked lines."""
-        lines = read(self.output)
+        lines = results(self.output)
         known = {key(line["data"], line["setting"]): line for line in lines}
         done = {(line["factor"], key(line["data"], line["setting"])) for line in lines}
         for data in SETS:
@@ -484,7 +495,7 @@ class Ablation:
                     done.add((factor, name))
                     now = time.strftime("%H:%M:%S")
                     print(f"{now} {factor}: {data}, {line['metrics']}", file=sys.stderr, flush=True)
-        return of_factor(read(self.output), factor, base)
+        return of_factor(results(self.output), factor, base)
 
     def line(self, data: str, setting: Setting, trained: Setting) -> dict[str, Any]:
         """Measure one setting on one data set, with the field trained for another that may differ in its start time."""
@@ -510,7 +521,7 @@ def main() -> int:
     parser.add_argument("--rank", action="store_true", help="print the mean ranks of what is in the output")
     given = parser.parse_args()
     if given.rank:
-        print(rankings(read(given.output)))
+        print(rankings(results(given.output)))
         return 0
     unknown = [factor for factor in given.factors if factor not in FACTORS]
     if unknown:

@@ -12,8 +12,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from ablation import METRICS, RESULTS, SETS, base_of, mean_ranks, of_factor
-from lines import read
+from ablation import METRICS, RESULTS, SETS, base_of, mean_ranks, of_factor, results
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "ablation"
 SHOWN = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "AUPRO (30 %)"}
@@ -88,7 +87,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=FOLDER)
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
-    lines = read(given.results)
+    lines = results(given.results)
     plot_ranks(lines, given.output)
     plot_start_times(lines, "start", given.output)
     return 0
