@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from anomalib.data import Folder
+from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.image_check import is_readable
@@ -53,6 +55,22 @@ def test_truncated(folder: Path, tmp_path: Path) -> None:
     assert not is_readable(str(victim), decode=True)
     with pytest.raises(ValueError, match=r"The image '.*005.png' cannot be read"):
         fit(folder, tmp_path)
+
+
+def test_more_than_8_bits(folder: Path, tmp_path: Path) -> None:
+    """anomalib would clip 16-bit grey to white: bad parts would look like good ones."""
+    deep = folder / "train/good/003.png"
+    Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(deep)
+    message = r"The image '.*003.png' has more than 8 bits a pixel \(mode I;16\), which anomalib clips: convert"
+    with pytest.raises(ValueError, match=message):
+        fit(folder, tmp_path)
+    model = WTFlow(image_size=64)
+    with pytest.raises(ValueError, match=message):
+        quiet_engine(tmp_path).predict(model, data_path=deep)
+    datamodule = data(folder)
+    shutil.move(deep, folder / "test/good/003.png")
+    with pytest.raises(ValueError, match=message):
+        quiet_engine(tmp_path).test(model, datamodule=datamodule)
 
 
 def test_several(folder: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_f1_when_asked(parts: SyntheticParts, tmp_path: Path) -> None:
 
 
 def test_a_later_validation_leaves_the_threshold(trained: SimpleNamespace, tmp_path: Path) -> None:
-    model = WTFlow(image_size=128)
+    model = WTFlow(image_size=128, false_alarm_rate=0.1)
     quiet_engine(tmp_path).validate(model, datamodule=trained.parts, ckpt_path=trained.checkpoint)
     assert torch.equal(model.post_processor.image_threshold, trained.model.post_processor.image_threshold)
 
@@ -283,12 +283,38 @@ def test_infinite_scores_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_checkpoint_of_another_size_or_rate(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """Another size is refused; another rate keeps the threshold that there is, and says so."""
+    with pytest.raises(
+        ValueError, match=r"trained with image_size=128 \(here 256\): give the model the same, as --model"
+    ):
+        quiet_engine(tmp_path).test(
+            WTFlow(image_size=256, false_alarm_rate=0.1), datamodule=trained.parts, ckpt_path=trained.checkpoint
+        )
+    with pytest.warns(UserWarning, match=r"threshold is for false_alarm_rate=0.1; 0.3, given here, changes nothing"):
+        quiet_engine(tmp_path).test(
+            WTFlow(image_size=128, false_alarm_rate=0.3), datamodule=trained.parts, ckpt_path=trained.checkpoint
+        )
+
+
+def test_f1_threshold_needs_defective_images(parts: SyntheticParts, tmp_path: Path) -> None:
+    parts.prepare_data()
+    module = Folder("good", "train/good", parts.root, num_workers=0)
+    model = WTFlow(max_epochs=1, image_size=64, false_alarm_rate=None)
+    with pytest.raises(
+        ValueError, match="false_alarm_rate=None asks for anomalib's F1 threshold, which needs defective"
+    ):
+        quiet_engine(tmp_path).fit(model, datamodule=module)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
     """start_time and the rest would load without an error, and change the scores under the same threshold."""
     message = r"trained with network='pointwise' \(here 'unet'\), start_time=0.35 \(here 0.2\): give the model the same"
     with pytest.raises(ValueError, match=message):
         quiet_engine(tmp_path).test(
-            WTFlow(start_time=0.2, network="unet"), datamodule=trained.parts, ckpt_path=trained.checkpoint
+            WTFlow(image_size=128, start_time=0.2, network="unet"),
+            datamodule=trained.parts,
+            ckpt_path=trained.checkpoint,
         )
 
 

@@ -8,19 +8,23 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+NOT_IMAGES = (".npy", ".mp4", ".avi")
+"""Files that anomalib reads by other means."""
 
-def image_paths(dataset: Any) -> list[str]:
-    """List the image and mask files of an anomalib data set; empty for any other data set."""
+
+def image_paths(dataset: Any, masks: bool = True) -> list[str]:
+    """List the image files of an anomalib data set, and those of its masks; empty for any other data set."""
     samples = getattr(dataset, "samples", None)
     if samples is None:
         return [str(path) for path in getattr(dataset, "image_filenames", [])]
-    columns = [samples[name] for name in ("image_path", "mask_path") if name in samples]
+    names = ("image_path", "mask_path") if masks else ("image_path",)
+    columns = [samples[name] for name in names if name in samples]
     return [path for column in columns for path in column if isinstance(path, str) and path]
 
 
 def is_readable(path: str, decode: bool) -> bool:
     """Whether an image file opens, and with ``decode`` also whether all of it decodes."""
-    if Path(path).suffix.lower() in (".npy", ".mp4", ".avi"):
+    if Path(path).suffix.lower() in NOT_IMAGES:
         return Path(path).is_file()
     try:
         with Image.open(path) as image:
@@ -45,6 +49,29 @@ def raise_for_unreadable(datasets: Iterable[Any], decode: bool, cause: BaseExcep
         raise ValueError(msg) from cause
 
 
+def raise_for_deep(datasets: Iterable[Any]) -> None:
+    """Name the first image of more than 8 bits a channel, if there is one: anomalib would clip it, mostly to white.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    paths = {path for dataset in datasets for path in image_paths(dataset, masks=False)}
+    deep = []
+    for path in sorted(paths):
+        if Path(path).suffix.lower() not in NOT_IMAGES and is_readable(path, decode=False):
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    deep.append((path, image.mode))
+    if deep:
+        path, mode = deep[0]
+        more = f" (and {len(deep) - 1} more)" if len(deep) > 1 else ""
+        msg = (
+            f"The image '{path}'{more} has more than 8 bits a pixel (mode {mode}), which anomalib clips: convert the "
+            "images for training and for prediction to 8 bits, all by the same factor."
+        )
+        raise ValueError(msg)
+
+
 class ImageCheck(Callback):
     """Look at every image file's header before training; after a failure, find the files that do not decode."""
 
@@ -52,7 +79,7 @@ class ImageCheck(Callback):
         """Check the headers of all sets before training, so that a broken test image is not found an hour later.
 
         Raises:
-            ValueError: If the training set is empty, or a file is not an image.
+            ValueError: If the training set is empty, or a file is not an image, or has more than 8 bits a channel.
         """
         del pl_module
         if stage != "fit":
@@ -62,6 +89,20 @@ class ImageCheck(Callback):
             msg = "The training set holds no normal images: check the folders that the data module was given."
             raise ValueError(msg)
         self._raise_for_unreadable(trainer, decode=False)
+        raise_for_deep(self._datasets(trainer))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse images of more than 8 bits a channel: clipped, they would all look alike, and pass as normal.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        del pl_module
+        raise_for_deep(self._datasets(trainer))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse images of more than 8 bits a channel, as before a test."""
+        self.on_test_start(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Name the broken files when reading one of them has failed, or the folder in which anomalib found no image.

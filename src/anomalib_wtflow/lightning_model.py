@@ -17,6 +17,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from torch import Tensor, nn, optim
@@ -292,6 +293,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         """
         theirs, ours = checkpoint.get("hyper_parameters", {}), self.hparams
         names = set(signature(WTFlowModel).parameters) - {"pre_trained", "weights", "layers", *TRAINING_ONLY}
+        names |= {"image_size"}
         unknown = sorted(names - set(theirs))
         if unknown:
             msg = f"The checkpoint has no {unknown[0]}, so an earlier version wrote it: train the model again."
@@ -314,6 +316,12 @@ class WTFlow(EpochDefault, AnomalibModule):
             settings = ", ".join(f"{name}={theirs[name]!r} (here {ours[name]!r})" for name in differing)
             msg = f"The checkpoint was trained with {settings}: give the model the same, as --model.{differing[0]}."
             raise ValueError(msg)
+        asked, trained = ours.get("false_alarm_rate"), theirs.get("false_alarm_rate")
+        if not resuming and asked != trained:
+            rank_zero_warn(
+                f"The checkpoint's threshold is for false_alarm_rate={trained}; {asked}, given here, changes nothing: "
+                "train again for another rate."
+            )
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()

@@ -117,11 +117,19 @@ class WTFlowPostProcessor(PostProcessor):
         """Choose the normal images for the threshold before the training data is loaded.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none; or, for anomalib's F1 threshold, no defective validation images.
         """
         del pl_module
         self._calibrated_at = -1
         datamodule = getattr(trainer, "datamodule", None)
+        if stage == "fit" and self.false_alarm_rate is None:
+            samples = getattr(getattr(datamodule, "val_data", None), "samples", None)
+            if samples is not None and not (samples["label_index"] == LabelName.ABNORMAL).any():
+                msg = (
+                    "false_alarm_rate=None asks for anomalib's F1 threshold, which needs defective validation images, "
+                    "and there are none: give some, or a rate such as 0.05, which needs good ones only."
+                )
+                raise ValueError(msg)
         if stage == "fit" and self.false_alarm_rate is not None and datamodule is not None:
             others = [getattr(datamodule, name, None) for name in ("train_data", "test_data")]
             normals = self._normals(getattr(datamodule, "val_data", None), others)
