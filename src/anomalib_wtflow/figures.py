@@ -236,7 +236,7 @@ def toy_well_and_escape(numbers: dict[str, Any]) -> Figure:
         )
         upper.set_title({"arc": "arc, D = 2", "subspace": "subspace, D = 128"}.get(data, data))
         upper.set_ylim(bottom=0)
-        lower.set(ylim=(0.3, 1.03), xticks=range(len(couplings)))
+        lower.set(ylim=(-0.03, 1.03), xticks=range(len(couplings)))
         lower.set_xticklabels([name.replace("_", "_\n", 1) for name in couplings], fontsize=8)
     axes[0, 0].set_ylabel(r"mean radius after one step")
     axes[1, 0].set_ylabel("AUROC")
