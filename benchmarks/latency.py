@@ -3,6 +3,7 @@
 Usage:
     python benchmarks/latency.py              all models, runtimes and batch sizes; JSON
     python benchmarks/latency.py --quick      the ratios that are promised, in under three minutes; 1 if one is missed
+    python benchmarks/latency.py --profile    where the time goes in OpenVINO f32: the backbone, and what comes after it
     python benchmarks/latency.py --render     the tables of the README, from the JSON
 
 256 x 256 images in memory. The variants take turns in one process, so that what else runs on the machine hits all
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.feature_extractor import FeatureExtractor
-from anomalib_wtflow.quantization import quantize
+from anomalib_wtflow.quantization import quantize, tail_names
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 POSITIONS = (IMAGE_SIZE // 8) ** 2
@@ -356,6 +357,35 @@ def measure(variants: list[Variant], rounds: int, processes: bool) -> tuple[list
     return lines, [text for _, text in verdicts], all(kept for kept, _ in verdicts)
 
 
+def profile(rounds: int) -> str:
+    """Render the milliseconds of WTFlow's operations in OpenVINO f32: all of the backbone's, and the tail's by kind."""
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        model = BUILDERS["WTFlow"]()
+        graph = openvino.convert_model(to_onnx(model, Path(folder)))
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.model.feature_extractor.network.modules())
+    tail = set(tail_names(graph, convolutions))
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
+    request = openvino.compile_model(graph, "CPU", options).create_infer_request()
+    images = np.random.default_rng(0).random((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    times: dict[tuple[str, str], list[float]] = {}
+    for turn in range(rounds + 5):
+        request.infer({0: images})
+        for operation in request.profiling_info if turn >= 5 else ():
+            seconds = times.setdefault((operation.node_type, operation.node_name), [])
+            seconds.append(operation.real_time.total_seconds() * 1000)
+    totals: dict[str, float] = {}
+    for (kind, name), values in times.items():
+        # OpenVINO names what it has changed after the operation that was there, with a suffix.
+        part = f"tail: {kind}" if name in tail or name.split("/")[0] in tail else "backbone and what OpenVINO added"
+        totals[part] = totals.get(part, 0) + statistics.median(values)
+    rows = [
+        f"| {part} | {value:.3f} |" for part, value in sorted(totals.items(), key=lambda t: -t[1]) if value >= 0.005
+    ]
+    return "\n".join(["| operations | ms |", "|---|---|", *rows])
+
+
 def tables(lines: list[dict[str, Any]]) -> str:
     """Render a Markdown table a batch size."""
     text = [f"{lines[0]['machine']['cpu']}, {lines[0]['machine']['threads']} threads", ""] if lines else []
@@ -386,6 +416,7 @@ def main() -> int:
     """Measure and render; the exit status says whether a promise was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -395,6 +426,9 @@ def main() -> int:
     logging.disable(logging.WARNING)
     if given.render:
         print(tables(read(given.output)))
+        return 0
+    if given.profile:
+        print(profile(given.rounds))
         return 0
     if given.child:
         model, runtime, batch = given.child
