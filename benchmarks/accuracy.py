@@ -27,13 +27,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from anomalib.engine import Engine
 from couplings import cpu
 from lightning import seed_everything
 from lines import append, read
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rows import ROWS, Memo, build, data_module, feature_network, settings_of
+from rows import ROWS, Memo, build, data_module, feature_network, quiet_engine, settings_of
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 DATA = ("mvtec_bottle", "magnetic_tile", "synthetic")
@@ -62,13 +61,7 @@ def run(row: str, data: str, seed: int, root: Path | None, memo: Memo | None) ->
     backbone = {id(p) for p in feature_network(model).parameters()}
     module = data_module(data, root, ROWS[row].batch_size)
     with TemporaryDirectory() as folder:
-        engine = Engine(
-            default_root_dir=folder,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,  # nobody validates on the test set
-        )
+        engine = quiet_engine(folder)
         start = time.perf_counter()
         engine.fit(model, datamodule=module)
         fitted = time.perf_counter()

@@ -22,11 +22,10 @@ import openvino
 import torch
 from accuracy import machine
 from anomalib.deploy import CompressionType
-from anomalib.engine import Engine
 from lightning import seed_everything
 from lines import append, read
 from rich.progress import track
-from rows import data_module
+from rows import data_module, quiet_engine
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
@@ -46,13 +45,7 @@ def train(data: str) -> tuple[WTFlow, Any]:
     seed_everything(0, verbose=False)
     model, module = WTFlow(visualizer=False), data_module(data)
     with TemporaryDirectory() as folder:
-        engine = Engine(
-            default_root_dir=folder,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
+        engine = quiet_engine(folder)
         engine.fit(model, datamodule=module)
     return model.eval(), module
 

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from anomalib.data import AnomalibDataModule, Batch, InferenceBatch, get_datamodule
+from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
 from anomalib.models import AnomalibModule, Padim, Patchcore
 from anomalib.models.image.fastflow.anomaly_map import AnomalyMapGenerator
@@ -272,6 +273,18 @@ def build(row: str, data: str, memo: Memo | None, **more: Any) -> tuple[Anomalib
     if memo is not None:
         memo.wrap(feature_network(model))
     return model, settings
+
+
+def quiet_engine(folder: str, **kwargs: Any) -> Engine:
+    """Build an engine that writes below ``folder``, prints nothing, and never validates on the test set."""
+    return Engine(
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        **kwargs,
+    )
 
 
 def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> AnomalibDataModule:

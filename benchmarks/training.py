@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 from accuracy import machine
-from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch import Callback
 from lines import append, read
 from rich.progress import track
-from rows import ROWS, Memo, build, data_module, feature_network
+from rows import ROWS, Memo, build, data_module, feature_network, quiet_engine
 from sklearn.metrics import roc_auc_score
 
 from anomalib_wtflow import WTFlow
@@ -113,14 +112,7 @@ def train(name: str, data: str, test: bool) -> dict[str, Any]:
         module.setup()
     clock = Clock(module if test else None, TEST_EVERY.get(name, 1))
     with TemporaryDirectory() as folder:
-        engine = Engine(
-            default_root_dir=folder,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=[clock],
-        )
+        engine = quiet_engine(folder, callbacks=[clock])
         clock.start = time.perf_counter()
         engine.fit(model, datamodule=module)
         seconds = time.perf_counter() - clock.start - clock.stopped

@@ -35,6 +35,12 @@ def is_readable(path: str, decode: bool) -> bool:
     return True
 
 
+def named(paths: list[str]) -> str:
+    """Name the first of some image files, and say how many more there are."""
+    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+    return f"The image '{paths[0]}'{more}"
+
+
 def raise_for_unreadable(datasets: Iterable[Any], decode: bool, cause: BaseException | None = None) -> None:
     """Name the first file of the data sets that is not a whole image, if there is one.
 
@@ -44,8 +50,7 @@ def raise_for_unreadable(datasets: Iterable[Any], decode: bool, cause: BaseExcep
     paths = sorted({path for dataset in datasets for path in image_paths(dataset)})
     broken = [path for path in paths if not is_readable(path, decode)]
     if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        msg = f"The image '{broken[0]}'{more} cannot be read: remove it or replace it by a whole file, and run again."
+        msg = f"{named(broken)} cannot be read: remove it or replace it by a whole file, and run again."
         raise ValueError(msg) from cause
 
 
@@ -56,18 +61,16 @@ def raise_for_deep(datasets: Iterable[Any]) -> None:
         ValueError: If there is one.
     """
     paths = {path for dataset in datasets for path in image_paths(dataset, masks=False)}
-    deep = []
+    deep: dict[str, str] = {}
     for path in sorted(paths):
         if Path(path).suffix.lower() not in NOT_IMAGES and is_readable(path, decode=False):
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
-                    deep.append((path, image.mode))
+                    deep[path] = image.mode
     if deep:
-        path, mode = deep[0]
-        more = f" (and {len(deep) - 1} more)" if len(deep) > 1 else ""
         msg = (
-            f"The image '{path}'{more} has more than 8 bits a pixel (mode {mode}), which anomalib clips: convert the "
-            "images for training and for prediction to 8 bits, all by the same factor."
+            f"{named(list(deep))} has more than 8 bits a pixel (mode {next(iter(deep.values()))}), which anomalib "
+            "clips: convert the images for training and for prediction to 8 bits, all by the same factor."
         )
         raise ValueError(msg)
 

@@ -553,8 +553,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             return self._score(batch)
         images: Any = batch.image
-        predictions = self.model.predict(self._features_of(batch, index), images.shape[-2:])
-        return batch.update(**self._finite(predictions)._asdict())
+        return self._update(batch, self.model.predict(self._features_of(batch, index), images.shape[-2:]))
 
     def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score one batch."""
@@ -567,7 +566,10 @@ class WTFlow(EpochDefault, AnomalibModule):
         return self._score(batch)
 
     def _score(self, batch: Batch) -> STEP_OUTPUT:
-        return batch.update(**self._finite(self.model(batch.image))._asdict())
+        return self._update(batch, self.model(batch.image))
+
+    def _update(self, batch: Batch, predictions: InferenceBatch) -> STEP_OUTPUT:
+        return batch.update(**self._finite(predictions)._asdict())
 
     def _finite(self, predictions: InferenceBatch) -> InferenceBatch:
         score: Any = predictions.pred_score
