@@ -279,10 +279,15 @@ def load(variant: Variant, folder: Path) -> tuple[Callable[[], Any], float | Non
 
 
 def interleaved(calls: dict[Variant, Callable[[], Any]], rounds: int) -> dict[Variant, list[float]]:
-    """Seconds of each call in each round; the calls take turns, after a round that is not counted."""
+    """Seconds of each call in each round, after a round that is not counted.
+
+    The calls take turns, each twice: the first, not timed, brings its weights back into the processor's caches, which
+    another model's turn has emptied and a machine that runs one model would not have.
+    """
     seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
     for turn in track(range(rounds + 1), description="Measuring", transient=True):
         for variant, call in calls.items():
+            call()
             start = time.perf_counter()
             call()
             if turn:

@@ -47,7 +47,7 @@ def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = 
     """
     log_density = lookup(DENSITIES, "density", kind)
     sizes = [y.shape[1]] if channels is None else list(channels)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_exporting():
         layers = y.split(sizes, dim=1)
         return log_density(0.5 * torch.cat([layer.square().mean(dim=1, keepdim=True) for layer in layers], dim=1))
     # One convolution where the graph would hold three operations for each layer.
