@@ -22,6 +22,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line is not None]
 
 
+def need(path: Path, script: str) -> list[dict[str, Any]]:
+    """Read results that must be there.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    lines = read(path)
+    if not lines:
+        raise SystemExit(f"There are no results at {path}: run `python benchmarks/{script}` first.")
+    return lines
+
+
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append a result, on a line of its own even where the last one was cut short."""
     cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")

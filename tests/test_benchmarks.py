@@ -19,8 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
 import accuracy
 import contribution
+import latency
 import lines
 import rows
+import startup
+import training
 
 
 class Doubling(nn.Module):
@@ -228,3 +231,57 @@ def test_weighted_aurocs_against_sklearn():
         assert images[row] == pytest.approx(roc_auc_score(label, score, sample_weight=w))
         expected = roc_auc_score(masks.flatten(), pixels.flatten(), sample_weight=w.repeat(16))
         assert flat[row] == pytest.approx(expected)
+
+
+def test_a_promise_holds_up_to_its_limits():
+    between = latency.Promise("a / b", latency.one("a"), latency.one("b"), least=0.97, most=1.03)
+    assert [between.verdict(r)[0] for r in (0.969, 0.97, 1.0, 1.03, 1.031)] == [False, True, True, True, False]
+    kept, text = latency.Promise("a / b", latency.one("a"), latency.one("b"), most=1.15).verdict(1.2)
+    assert not kept
+    assert text == "a / b: 1.200 (at most 1.15) MISSED"
+
+
+def test_verdicts_come_from_the_json():
+    ratios = dict.fromkeys((promise.text for promise in latency.PROMISES), 1.0)
+    kept = [kept for kept, _ in latency.verdicts([{"promise": text, "ratio": r} for text, r in ratios.items()])]
+    assert kept == [promise.least is None or promise.least <= 1 for promise in latency.PROMISES]
+
+
+def test_turns_are_taken_and_the_first_round_is_not_counted():
+    order: list[str] = []
+    calls = {latency.one(name): (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = latency.interleaved(calls, rounds=3)
+    assert "".join(order) == "aabb" * 4
+    assert [len(values) for values in seconds.values()] == [3, 3]
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios():
+    a, b = latency.one("a"), latency.one("b")
+    assert latency.ratio({a: [10.0, 2.0, 3.0], b: [5.0, 1.0, 1.0]}, a, b) == 2.0  # of the medians: 3
+
+
+def test_training_is_compared_at_fastflows_best():
+    def line(model, seconds, peak, epoch, curve):
+        machine = {"cpu": "c", "threads": 2}
+        line = {"model": model, "data": "d", "seconds": seconds, "peak_MiB": peak, "epoch_seconds": epoch}
+        return {**line, "epochs": 2, "curve": curve, "machine": machine}
+
+    measured = [
+        line("WTFlow", 4, 90, 0.5, [[1, 1.0, 0.7], [2, 2.0, 0.8], [4, 3.0, 0.95]]),
+        line("WTFlow, no cache", 9, 90, 10.5, []),
+        line("FastFlow", 90, 300, 9, [[1, 10.0, 0.6], [2, 30.0, 0.9], [3, 50.0, 0.85]]),
+        line("Patchcore", 50, 120, None, []),
+    ]
+    assert training.reached(measured[0]["curve"], 0.9) == 3.0
+    assert training.reached(measured[0]["curve"], 0.99) is None
+    text = training.tables(measured)
+    assert "image AUROC: 10 (at least 5) kept" in text  # 30 s against 3 s
+    assert "peak memory: 0.75 (at most 1) kept" in text
+    assert "backbone of an epoch: 0.05 (at most 0.1) kept" in text
+    assert "never" not in text
+
+
+def test_a_start_that_is_too_slow_is_missed():
+    line = {"import_ms": 0.4, "plugin_ms": 100.0, "help_share": 0.02, "help_quartiles": [0.01, 0.03]}
+    assert [kept for kept, _ in startup.verdicts(line)] == [True, False]
+    assert [kept for kept, _ in startup.verdicts({**line, "import_ms": 6.0, "help_share": 0.009})] == [False, True]

@@ -63,6 +63,23 @@ def test_pre_processing_belongs_to_the_backbone() -> None:
 
 
 @pytest.mark.slow
+def test_mixed_precision_trains_what_float_trains(parts: SyntheticParts, tmp_path: Path) -> None:
+    """On a CPU: bfloat16 where torch's autocast has it, with weights in float32."""
+
+    def train(precision: str) -> WTFlow:
+        seed_everything(1)
+        model = WTFlow(max_epochs=2, **SMALL)
+        quiet_engine(tmp_path, precision=precision).fit(model, datamodule=as_mvtec(parts))
+        return model.eval()
+
+    whole, mixed = train("32-true"), train("bf16-mixed")
+    assert {parameter.dtype for parameter in mixed.parameters()} == {torch.float32}
+    image = torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    difference = (whole(image).anomaly_map - mixed(image).anomaly_map).abs().max()
+    assert 0 < difference < 0.02
+
+
+@pytest.mark.slow
 def test_same_seed_same_scores(parts: SyntheticParts, tmp_path: Path) -> None:
     def train(seed: int) -> torch.Tensor:
         seed_everything(seed)

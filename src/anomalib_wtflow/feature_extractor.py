@@ -15,6 +15,8 @@ from anomalib_wtflow.folding import fold_batch_norms
 MergeName = Literal["finest", "coarsest"]
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
+CHUNK = 2
+"""Images that pass the backbone at a time on a CPU."""
 MERGES = {"finest": 0, "coarsest": -1}
 """Which of the layers, finest first, sets the size that all are brought to."""
 
@@ -264,9 +266,9 @@ class FeatureExtractor(nn.Module):
         )
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        if images.device.type != "cpu" or torch.compiler.is_compiling():
+        if images.device.type != "cpu" or torch.compiler.is_compiling() or len(images) <= CHUNK:
             return self.network(images)
         # Larger activations than the C library keeps for reuse are mapped anew for every layer: on two cores,
         # 256 px, two images at a time took 16 ms an image and 32 at a time 47 ms.
-        chunks = [self.network(chunk) for chunk in images.split(2)]
+        chunks = [self.network(chunk) for chunk in images.split(CHUNK)]
         return [torch.cat(layer) for layer in zip(*chunks, strict=True)]

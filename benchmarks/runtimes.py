@@ -1,0 +1,89 @@
+"""Exported models in ONNX Runtime and OpenVINO, without torch; as a program, the memory and the first result of one.
+
+Usage:
+    python benchmarks/runtimes.py FILE RUNTIME     JSON: seconds from the file to the first result, and peak memory
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIDE = 256
+THROUGHPUT_IMAGES = 32
+"""Images of one timed call, where throughput is asked for; OpenVINO chooses how many run at a time."""
+Call = Callable[[np.ndarray], Any]
+
+
+def draw_images(batch: int) -> np.ndarray:
+    """Draw images ``(batch, 3, 256, 256)`` in [0, 1]."""
+    return np.random.default_rng(0).random((batch, 3, SIDE, SIDE), np.float32)
+
+
+def in_onnxruntime(path: Path) -> Call:
+    """Open an ONNX file in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda batch: session.run(None, {session.get_inputs()[0].name: batch})
+
+
+def in_openvino(precision: str = "f32", hint: str = "LATENCY") -> Callable[[Path], Call]:
+    """Open an OpenVINO file with a precision for what is not quantised, and a performance hint."""
+
+    def start(path: Path) -> Call:
+        import openvino
+
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
+        ready = openvino.compile_model(path, "CPU", options)
+        if hint == "LATENCY":
+            return ready
+        queue = openvino.AsyncInferQueue(ready)
+
+        def many(batch: np.ndarray) -> None:
+            for _ in range(THROUGHPUT_IMAGES):
+                queue.start_async(batch)
+            queue.wait_all()
+
+        return many
+
+    return start
+
+
+OPENERS: dict[str, Callable[[Path], Call]] = {
+    "onnxruntime": in_onnxruntime,
+    "OpenVINO f32": in_openvino(),
+    "OpenVINO FP16": in_openvino(),
+    "OpenVINO bf16": in_openvino("bf16"),
+    "OpenVINO INT8": in_openvino(),
+    "OpenVINO f32, throughput": in_openvino(hint="THROUGHPUT"),
+}
+"""Runtimes of exported models. FP16 is the weights in the file: the CPU computes in f32."""
+
+
+def peak_MiB() -> int:  # noqa: N802
+    """Peak memory of this process, on Linux; ``getrusage`` would count what the parent had when it started this one."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 1024)
+
+
+def main() -> None:
+    """Print the JSON."""
+    start = time.perf_counter()
+    call = OPENERS[sys.argv[2]](Path(sys.argv[1]))
+    call(draw_images(1))
+    first = time.perf_counter() - start
+    call(draw_images(1))
+    assert "torch" not in sys.modules
+    print(json.dumps({"peak_MiB": peak_MiB(), "first_result_seconds": round(first, 2)}))
+
+
+if __name__ == "__main__":
+    main()
