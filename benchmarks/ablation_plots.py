@@ -13,11 +13,21 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from ablation import METRICS, RESULTS, SETS, base_of, mean_ranks, of_factor, results
+from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "ablation"
 SHOWN = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "AUPRO (30 %)"}
 NAMES = {"mvtec_bottle": "bottles", "magnetic_tile": "magnetic tiles"}
 BEST, OTHER = "#c1432e", "#7f8fa6"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without the upper and the right border of its panels, and close it."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def plot_ranks(lines: list[dict[str, Any]], output: Path) -> None:
@@ -40,13 +50,10 @@ def plot_ranks(lines: list[dict[str, Any]], output: Path) -> None:
         axis.set_title(factor, loc="left", fontsize=10)
         axis.tick_params(labelsize=7)
         axis.set_xlim(left=1)
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(factors) :]:
         axis.set_axis_off()
     figure.supxlabel(f"mean rank over {len(METRICS)} metrics and {len(SETS)} sets (1 is best)", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(output / "ranks.png", dpi=100)
-    plt.close(figure)
+    save(figure, output / "ranks.png")
 
 
 def plot_start_times(lines: list[dict[str, Any]], factor: str, output: Path) -> None:
@@ -71,13 +78,10 @@ def plot_start_times(lines: list[dict[str, Any]], factor: str, output: Path) -> 
                 axis.axhline(control, color=OTHER, ls="--", label="whitened, no flow (best ridge)")
             axis.set_title(f"{NAMES[data]}: {title}", fontsize=9)
             axis.tick_params(labelsize=8)
-            axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("start time", fontsize=9)
     axes[0, 0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    figure.savefig(output / "start_time.png", dpi=100)
-    plt.close(figure)
+    save(figure, output / "start_time.png")
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.feature_extractor import FeatureExtractor
-from anomalib_wtflow.quantization import quantize, tail_names
+from anomalib_wtflow.quantization import count_convolutions, quantize, tail_names
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 POSITIONS = (IMAGE_SIZE // 8) ** 2
@@ -206,9 +206,8 @@ def to_openvino(precision: str) -> Callable[[Any, Path], Path]:
         network = openvino.convert_model(to_onnx(model, folder))
         if precision == "INT8":
             extractor = (model if isinstance(model, Backbone) else model.model).feature_extractor
-            convolutions = sum(isinstance(module, nn.Conv2d) for module in extractor.network.modules())
             noise = [np.random.default_rng(k).random((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32) for k in range(8)]
-            network = quantize(network, noise, convolutions)
+            network = quantize(network, noise, count_convolutions(extractor.network))
         path = folder / "openvino" / "model.xml"
         openvino.save_model(network, path, compress_to_fp16=precision == "FP16")
         return path
@@ -390,8 +389,7 @@ def profile(rounds: int) -> str:
     with TemporaryDirectory() as folder:
         model = BUILDERS["WTFlow"]()
         graph = openvino.convert_model(to_onnx(model, Path(folder)))
-    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.model.feature_extractor.network.modules())
-    tail = set(tail_names(graph, convolutions))
+    tail = set(tail_names(graph, count_convolutions(model.model.feature_extractor.network)))
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     request = openvino.compile_model(graph, "CPU", options).create_infer_request()
     image = draw_images(1)

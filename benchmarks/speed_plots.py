@@ -12,13 +12,13 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from ablation_plots import NAMES, save
 from latency import RESULTS as LATENCY
 from lines import need
 from training import RESULTS as TRAINING
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "speed"
 RUNTIMES = ("torch", "onnxruntime", "OpenVINO f32", "OpenVINO INT8")
-NAMES = {"mvtec_bottle": "bottles", "magnetic_tile": "magnetic tiles"}
 COLOURS = {"WTFlow": "#c1432e", "FastFlow": "#2f6f8f", "Patchcore": "#7f8fa6", "Padim": "#a08c5b"}
 
 
@@ -54,12 +54,9 @@ def plot_latency(lines: list[dict[str, Any]], output: Path) -> None:
         axis.set_xscale("log")
         axis.set_title(runtime, loc="left", fontsize=10)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlim(right=axes[-1].get_xlim()[1] * 1.3)
     axes[-1].set_xlabel("milliseconds for one image of 256 x 256 (median, quartiles)")
-    figure.tight_layout()
-    figure.savefig(output / "latency.png", dpi=100)
-    plt.close(figure)
+    save(figure, output / "latency.png")
 
 
 def plot_training(lines: list[dict[str, Any]], output: Path) -> None:
@@ -74,12 +71,9 @@ def plot_training(lines: list[dict[str, Any]], output: Path) -> None:
         axis.set_xscale("log")
         axis.set_title(NAMES.get(data, data), loc="left", fontsize=10)
         axis.set_xlabel("seconds from the start of the fit")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("image AUROC")
     axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(output / "training.png", dpi=100)
-    plt.close(figure)
+    save(figure, output / "training.png")
 
 
 def main() -> int:

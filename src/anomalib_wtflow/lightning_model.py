@@ -38,7 +38,7 @@ from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.normalization import NormalizationName
 from anomalib_wtflow.path import PathName
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.quantization import quantize
+from anomalib_wtflow.quantization import count_convolutions, quantize
 from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
 from anomalib_wtflow.solver import SolverName, not_exportable
 from anomalib_wtflow.time_sampling import TimeSamplingName
@@ -360,12 +360,8 @@ class WTFlow(EpochDefault, AnomalibModule):
             images.extend(batch.image.numpy()[:, None])
             if len(images) >= CALIBRATION_IMAGES:
                 break
-        network = self.model.feature_extractor.network
-        return quantize(
-            model,
-            images[:CALIBRATION_IMAGES],
-            sum(isinstance(module, nn.Conv2d) for module in network.modules()),
-        )
+        convolutions = count_convolutions(self.model.feature_extractor.network)
+        return quantize(model, images[:CALIBRATION_IMAGES], convolutions)
 
     def _check_exportable(self) -> None:
         if not self.model.solver.exportable:

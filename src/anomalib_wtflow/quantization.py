@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from torch import nn
+
 CONVOLUTIONS = ("Convolution", "GroupConvolution")
+
+
+def count_convolutions(network: nn.Module) -> int:
+    """Count the convolutions of a network, which its exported graph keeps."""
+    return sum(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
 def tail_names(model: Any, backbone_convolutions: int) -> list[str]:
