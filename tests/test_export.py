@@ -172,11 +172,14 @@ def test_an_adaptive_solver_does_not_export(export: str, tmp_path: Path) -> None
         getattr(adaptive, export)(tmp_path)
 
 
-def test_int8_keeps_the_tail_in_float(trained: SimpleNamespace, exported: SimpleNamespace, tmp_path: Path) -> None:
-    """Every convolution of the backbone has 8-bit weights and input; nothing of the flow and the score has."""
+def test_int8_keeps_stem_and_tail_in_float(trained: SimpleNamespace, exported: SimpleNamespace, tmp_path: Path) -> None:
+    """The backbone's other convolutions have 8-bit weights and inputs; nothing of the stem, the flow and the score has.
+
+    Nor has a sum of a residual block. The stem's output, which the next convolution reads, has 8 bits.
+    """
     import openvino
 
-    from anomalib_wtflow.quantization import CONVOLUTIONS, tail_names
+    from anomalib_wtflow.quantization import CONVOLUTIONS, residual_names, stem_names, tail_names
 
     path = trained.model.to_openvino(
         tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=trained.parts
@@ -190,8 +193,15 @@ def test_int8_keeps_the_tail_in_float(trained: SimpleNamespace, exported: Simple
     def sources(operation: openvino.Node) -> set[str]:
         return {value.get_source_output().get_node().get_type_name() for value in operation.inputs()}
 
-    assert all("FakeQuantize" in sources(op) for op in convolutions[:backbone])
-    tail = set(tail_names(openvino.Core().read_model(exported.openvino), backbone))
+    graph = openvino.Core().read_model(exported.openvino)
+    stem, residuals, tail = stem_names(graph, backbone), residual_names(graph), set(tail_names(graph, backbone))
+    assert [name for name in stem if name in {op.get_friendly_name() for op in convolutions}] == [
+        op.get_friendly_name() for op in convolutions[:3]
+    ]
+    assert all("FakeQuantize" in sources(op) for op in convolutions[3:backbone])
+    first = [op for op in model.get_ordered_ops() if op.get_friendly_name() in {*stem, *residuals}]
+    assert len(residuals) >= 5
+    assert all("FakeQuantize" not in sources(op) for op in first)
     assert "anomaly_map" in tail
     rest = [op for op in model.get_ordered_ops() if op.get_friendly_name() in tail]
     assert len([op for op in rest if op.get_type_name() in CONVOLUTIONS]) == flow_and_density
@@ -201,6 +211,29 @@ def test_int8_keeps_the_tail_in_float(trained: SimpleNamespace, exported: Simple
     batch = np.stack([data[index].image.numpy() for index in (0, 1, len(data) - 2, len(data) - 1)])
     got = openvino.compile_model(path, "CPU", F32)(batch)["pred_score"]
     np.testing.assert_allclose(got, in_torch(trained, batch)["pred_score"], atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["openvino", "fp16"])
+def test_the_stem_stays_precise(exported: SimpleNamespace, kind: str) -> None:
+    """Where a runtime computes in bfloat16, the first three convolutions are in f32 and no others; else all are."""
+    import openvino
+
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    precisions = {}
+    for hint in ("f32", "bf16"):
+        compiled = core.compile_model(getattr(exported, kind), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+        # The primitive's name ends in what it computes in; "runtimePrecision" is that of the weights.
+        precisions[hint] = [
+            info["primitiveType"].astype(str).rpartition("_")[2]
+            for info in infos
+            if info["layerType"].astype(str) == "Convolution"
+        ]
+    assert precisions["bf16"][:3] == ["f32"] * 3
+    assert set(precisions["bf16"][3:]) == {"bf16"}
+    assert set(precisions["f32"]) == {"f32"}
 
 
 def test_int8_needs_images(trained: SimpleNamespace, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.normalization import NormalizationName
 from anomalib_wtflow.path import PathName
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.quantization import count_convolutions, quantize
+from anomalib_wtflow.quantization import count_convolutions, keep_precise, quantize
 from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
 from anomalib_wtflow.solver import SolverName, not_exportable
 from anomalib_wtflow.time_sampling import TimeSamplingName
@@ -70,7 +70,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         normalization: ``layer_norm``, ``channel`` or ``whitening``.
         network: Vector field, ``pointwise`` or ``unet``.
         fields: ``per_layer`` for a network of its own for each layer, or ``joint`` for one that sees all of them.
-        width: Width of each network; None for its own default (256, or 48 for the U-Net).
+        width: Width of each network; None for its own default (64 to 256, by the channels, or 48 for the U-Net).
         depth: Depth of each network; None for its own default (1, or 2 for the U-Net).
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
@@ -147,7 +147,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         time_sampling: TimeSamplingName = "uniform",
         solver: SolverName = "euler",
         steps: int = 1,
-        start_time: float = 0.35,
+        start_time: float = 0.29,
         density: DensityName = "student",
         anomaly_map: MapName = "absolute",
         top_fraction: float = 0.03,
@@ -346,8 +346,18 @@ class WTFlow(EpochDefault, AnomalibModule):
         self._check_exportable()
         return super().to_onnx(*args, **kwargs)
 
+    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does; whatever precision the runtime chooses, the backbone's stem stays in f32.
+
+        Raises:
+            ValueError: If the solver is adaptive, and so does not export.
+        """
+        path = super().to_openvino(*args, **kwargs)
+        keep_precise(path, count_convolutions(self.model.feature_extractor.network))
+        return path
+
     def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # type: ignore[override]
-        """Quantise as anomalib does for INT8_PTQ, but the backbone only, and with the training images.
+        """Quantise as anomalib does for INT8_PTQ, but the backbone behind its stem only, and with the training images.
 
         anomalib takes the validation images, which are often the test set.
         """
