@@ -66,9 +66,8 @@ class Setting:
     ridge: float = 0.01
     network: str = "pointwise"
     fields: str = "per_layer"
-    network_version: int = 3
-    """Shape of the pointwise network: 2 since its first block reads the features themselves, 3 since its default width
-    goes by the channels."""
+    network_version: int = 2
+    """Shape of the pointwise network: 2 since its first block reads the features themselves."""
     width: int | None = None
     depth: int | None = None
     path: str = "variance_preserving"
@@ -80,7 +79,7 @@ class Setting:
     batch_size: int = 32
     learning_rate: float = 3e-3
     scheduler: str = "cosine"
-    start_time: float | None = 0.29
+    start_time: float | None = 0.35
     steps: int = 1
     density: str = "student"
     anomaly_map: str = "absolute"

@@ -31,13 +31,6 @@ def test_pointwise_size() -> None:
     assert parameters(PointwiseField(channels, width, depth=3)) == ends + block + 2 * 3 * (width + 1) * width
 
 
-def test_pointwise_width_goes_by_the_channels() -> None:
-    """For the default layers, the widths that docs/ablation.md chose; never more than 256."""
-    chosen = [PointwiseField(channels).stem.out_channels for channels in (24, 40, 112, 113, 1024)]
-    assert chosen == [64, 128, 192, 256, 256]
-    assert get_field("pointwise", [24, 112]).fields[1].stem.out_channels == 192
-
-
 def test_pointwise_formula() -> None:
     """Written out with matrices, for two blocks; convolutions and matrix products agree."""
     field = PointwiseField(3, width=4, depth=2).double()

@@ -1,6 +1,5 @@
 """Vector fields: the networks ``v_theta(x, t)`` that are trained along the paths."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -63,14 +62,6 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
-def pointwise_width(channels: int) -> int:
-    """``min(256, 64 ceil(1.7 C / 64))``, the default width: 64, 128, 192 for the default layers' 24, 40, 112 channels.
-
-    Ours: chosen for the latency, by a rule that was written first (``docs/ablation.md``, rounds five and six).
-    """
-    return min(256, 64 * math.ceil(1.7 * channels / 64))
-
-
 class PointwiseField(nn.Module):
     """The same residual network at every position: 1x1 convolutions only (ours).
 
@@ -80,7 +71,7 @@ class PointwiseField(nn.Module):
 
     Args:
         channels: Feature channels C.
-        width: Hidden channels, even; None for :func:`pointwise_width`.
+        width: Hidden channels, even.
         depth: Number of residual blocks.
 
     Raises:
@@ -90,9 +81,8 @@ class PointwiseField(nn.Module):
     min_size = 1
     pointwise = True
 
-    def __init__(self, channels: int, width: int | None = None, depth: int = 1) -> None:
+    def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
         super().__init__()
-        width = pointwise_width(channels) if width is None else width
         self.embedding = TimeEmbedding(width)
         self.stem = PointwiseConv(channels, width)
         self.inner = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))

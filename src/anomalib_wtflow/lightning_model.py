@@ -70,7 +70,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         normalization: ``layer_norm``, ``channel`` or ``whitening``.
         network: Vector field, ``pointwise`` or ``unet``.
         fields: ``per_layer`` for a network of its own for each layer, or ``joint`` for one that sees all of them.
-        width: Width of each network; None for its own default (64 to 256, by the channels, or 48 for the U-Net).
+        width: Width of each network; None for its own default (256, or 48 for the U-Net).
         depth: Depth of each network; None for its own default (1, or 2 for the U-Net).
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
@@ -147,7 +147,7 @@ class WTFlow(EpochDefault, AnomalibModule):
         time_sampling: TimeSamplingName = "uniform",
         solver: SolverName = "euler",
         steps: int = 1,
-        start_time: float = 0.29,
+        start_time: float = 0.35,
         density: DensityName = "student",
         anomaly_map: MapName = "absolute",
         top_fraction: float = 0.03,

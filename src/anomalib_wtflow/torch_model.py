@@ -86,7 +86,7 @@ class WTFlowModel(nn.Module):
         time_sampling: str = "uniform",
         solver: str = "euler",
         steps: int = 1,
-        start_time: float = 0.29,
+        start_time: float = 0.35,
         density: str = "student",
         anomaly_map: str = "absolute",
         top_fraction: float = 0.03,
