@@ -166,7 +166,7 @@ class NearestNeighbour(NoFlow):
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Keep the features of a batch."""
-        self.bank.append(self.model.normalization(batch.features).movedim(1, -1).flatten(0, -2))
+        self.bank.append(batch.features.movedim(1, -1).flatten(0, -2))
         return super().training_step(batch, *args, **kwargs)
 
     def predict_from_bank(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> InferenceBatch:

@@ -26,6 +26,8 @@ def test_store_gives_back_what_it_was_given(budget: float) -> None:
     for wrong in (torch.randn(2, 3, 2, 4), torch.randn(1, 3, 4, 4)):
         with pytest.raises(ValueError, match="do not fit behind 6 of 7 of size"):
             store.append(wrong)
+    store.apply(lambda part: 2 * part)
+    assert torch.equal(store.features, 2 * torch.cat(parts))
 
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(False, [4, 4, 3]), (True, [4, 4])])
@@ -76,6 +78,32 @@ def test_no_image_passes_the_backbone_twice(parts: SyntheticParts, tmp_path: Pat
     for budget in (1.0, 1e-9):
         assert backbone_images(parts, tmp_path, feature_cache=budget) == {"before": 13, "epochs": 3}
     assert backbone_images(parts, tmp_path, feature_cache=0) == {"before": 13, "epochs": 3 * 13 + 3}
+
+
+@pytest.mark.parametrize("budget", [1.0, 1e-9, 0.0])
+def test_each_epoch_regresses_on_every_images_normalised_features(
+    parts: SyntheticParts, tmp_path: Path, budget: float
+) -> None:
+    module = as_mvtec(parts)
+    model = WTFlow(**{**SMALL, "feature_cache": budget, "max_epochs": 2})
+    regress = model.model.regress
+    shown: list[torch.Tensor] = []
+
+    def recorded(x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shown.extend(x0)
+        return regress(x0)
+
+    model.model.regress = recorded
+    quiet_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=module)
+    images = torch.stack([item.image for item in module.train_data])
+    expected = model.model.normalization(model.model.extract(model.pre_processor(images))).flatten(1)
+    distance, image = torch.cdist(
+        torch.stack(shown).flatten(1), expected, compute_mode="donot_use_mm_for_euclid_dist"
+    ).min(1)
+    assert distance.max() < 1e-2 < torch.pdist(expected).min()
+    first, second = image[:13].sort().values, image[13:].sort().values
+    assert torch.equal(first, second)
+    assert len(first.unique()) == 13
 
 
 @pytest.mark.parametrize(("budget", "passes"), [(1.0, 1), (1e-9, 1), (0.0, 3)])

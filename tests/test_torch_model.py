@@ -59,10 +59,10 @@ def test_thinning_takes_every_second_position() -> None:
 
 
 def test_only_pointwise_fields_are_thinned() -> None:
-    features = torch.randn(2, 176, 16, 16)
+    x0 = torch.randn(2, 176, 16, 16)
     for network, side in (("pointwise", 8), ("unet", 16)):
         model = fitted(network=network, width=8, coupling="worst_of_two")
-        prediction, velocity = model.regress(features)
+        prediction, velocity = model.regress(x0)
         assert prediction.shape == velocity.shape == (2, 176, side, side)
 
 
@@ -77,9 +77,9 @@ def test_several_steps_follow_the_mean_velocity() -> None:
 def test_regression_target() -> None:
     """On the linear path the target is eps - x0, and the noise never points towards the data."""
     model = fitted(path="linear", coupling="worst_of_two", thinning=1).train()
-    features = model.extract(torch.randn(3, 3, 64, 64))
-    x0 = model.normalization(features)
-    prediction, velocity = model.regress(features)
+    images = torch.randn(3, 3, 64, 64)
+    x0 = model.normalization(model.extract(images))
+    prediction, velocity = model(images)
     noise = velocity + x0
     assert prediction.shape == velocity.shape == x0.shape
     assert ((noise * x0).sum(1) <= 1e-3).all()

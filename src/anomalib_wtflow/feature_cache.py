@@ -1,6 +1,6 @@
 """Features of the frozen backbone, kept between the epochs, so that no image passes the backbone twice (ours)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,6 +62,11 @@ class FeatureStore:
         self.rows[self.filled : self.filled + len(features)] = features.detach()
         self.filled += len(features)
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the features by ``function`` of them, which keeps their shape, a few images at a time."""
+        for part in self.features.split(16):
+            part.copy_(function(part))
+
     def _allocate(self, shape: torch.Size) -> Tensor:
         if 4 * shape.numel() <= self.budget:
             return torch.empty(shape)
@@ -72,7 +77,7 @@ class FeatureStore:
 
 @dataclass
 class FeatureBatch:
-    """Backbone features in the place of a batch of images, which pre-processors leave alone.
+    """Normalised features in the place of a batch of images, which pre-processors leave alone.
 
     Attributes:
         features: ``(N, C, H, W)``.

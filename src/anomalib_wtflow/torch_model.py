@@ -148,19 +148,17 @@ class WTFlowModel(nn.Module):
             raise ValueError(msg)
         return features
 
-    def regress(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def regress(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Draw times and noise, and return the field's prediction and the velocity that it should match.
 
         Args:
-            features: Backbone features ``(N, C, H, W)``.
+            x0: Normalised features ``(N, C, H, W)``.
 
         Returns:
             ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H', W')``, at the positions that ``thinning`` leaves.
         """
-        x0 = self.normalization(features)
-        return regress(
-            self.field, thin(x0, self.thinning) if self.field.pointwise else x0, self.path, self.coupling, self.times
-        )
+        thinned = thin(x0, self.thinning) if self.field.pointwise else x0
+        return regress(self.field, thinned, self.path, self.coupling, self.times)
 
     def flow(self, x0: Tensor) -> Tensor:
         """Carry normalised features ``(N, C, H, W)`` along the learnt field; near 0 is normal.
@@ -203,5 +201,5 @@ class WTFlowModel(nn.Module):
         """
         features = self.extract(images)
         if self.training:
-            return self.regress(features)
+            return self.regress(self.normalization(features))
         return self.predict(features, images.shape[-2:])

@@ -1,0 +1,187 @@
+"""WTFlow on a GPU beside its backbone alone, FastFlow, Padim and Patchcore; and its training in three precisions.
+
+Usage:
+    python benchmarks/gpu.py [--data mvtec_bottle]     latency, throughput and trainings; JSON
+    python benchmarks/gpu.py --render                  the tables of the README, from the JSON
+
+Latency: 256 x 256 images on the GPU, from pre-processing to score and map, until the GPU is done. The variants take turns as
+in ``latency.py``, with the same models. ``CUDA graph`` is ``torch.compile(mode="reduce-overhead")``. The share
+outside the backbone is one less the median of the ratios of the backbone to the model. float32 is torch's default,
+with TF32 in convolutions and without it in matrix products; f16 is ``torch.autocast``. Training: through anomalib's
+``Engine`` as in ``training.py``, image decoding included.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accuracy import machine
+from latency import BUILDERS, Variant, interleaved, ratio
+from lightning import seed_everything
+from lines import append, need
+from rich.progress import track
+from rows import ROWS, build, data_module, quiet_engine
+from runtimes import draw_images
+
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+RUNTIMES = ("eager", "CUDA graph", "eager, f16", "CUDA graph, f16")
+BATCHES = (1, 32)
+LARGE = ("Patchcore 3000", "WTFlow 3000")
+"""Not measured at batch 32: the distances alone would take 40 GB."""
+TRAININGS: tuple[tuple[str, str], ...] = (
+    ("WTFlow", "32-true"),
+    ("WTFlow", "16-mixed"),
+    ("WTFlow", "bf16-mixed"),
+    ("FastFlow", "32-true"),
+    ("Padim", "32-true"),
+    ("Patchcore", "32-true"),
+)
+
+
+def load(name: str, runtime: str) -> Callable[[torch.Tensor], None]:
+    """Put a model on the GPU; return a call that ends when the GPU is done."""
+    network = BUILDERS[name]().cuda()
+    if runtime.startswith("CUDA graph"):
+        network = torch.compile(network, mode="reduce-overhead")
+
+    def call(images: torch.Tensor) -> None:
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=runtime.endswith("f16")):
+            network(images)
+        torch.cuda.synchronize()
+
+    return call
+
+
+def on() -> dict[str, Any]:
+    """Name the GPU and the versions beside the processor."""
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **machine()}
+
+
+def latency(rounds: int) -> list[dict[str, Any]]:
+    """Measure latency and throughput; return a JSON line for each variant."""
+    pairs = [
+        (name, runtime)
+        for name in BUILDERS
+        for runtime in RUNTIMES
+        if runtime == "eager" or name in ("backbone", "WTFlow") or (name, runtime) == ("FastFlow", "eager, f16")
+    ]
+    calls: dict[Variant, Callable[[], None]] = {}
+    images = {batch: torch.from_numpy(draw_images(batch)).cuda() for batch in BATCHES}
+    for name, runtime in track(pairs, description="Building", transient=True):
+        call = load(name, runtime)
+        for batch in BATCHES[:1] if name in LARGE else BATCHES:
+            for _ in range(3):  # cuDNN chooses, the compiler compiles, and a graph is recorded
+                call(images[batch])
+            calls[Variant(name, runtime, batch)] = partial(call, images[batch])
+    seconds = interleaved(calls, rounds)
+    lines = []
+    for variant, taken in seconds.items():
+        low, middle, high = (1000 * value / variant.batch for value in statistics.quantiles(taken, n=4))
+        line = {"model": variant.model, "runtime": variant.runtime, "batch": variant.batch}
+        line |= {"ms_an_image": round(middle, 4), "quartiles_ms": [round(low, 4), round(high, 4)], "rounds": rounds}
+        reference = Variant("backbone", variant.runtime, variant.batch)
+        if reference in seconds:
+            line["outside_backbone"] = round(1 - ratio(seconds, reference, variant), 3)
+        lines.append({**line, **on()})
+    return lines
+
+
+def train(row: str, data: str, precision: str) -> dict[str, Any]:
+    """Train and test a model."""
+    seed_everything(0, verbose=False)
+    model, settings = build(row, data, None)
+    module = data_module(data, None, ROWS[row].batch_size)
+    torch.cuda.reset_peak_memory_stats()
+    with TemporaryDirectory() as folder:
+        engine = quiet_engine(folder, accelerator="gpu", precision=precision)
+        start = time.perf_counter()
+        engine.fit(model, datamodule=module)
+        seconds = time.perf_counter() - start
+        (metrics,) = engine.test(model, datamodule=module, verbose=False)
+    return {
+        "model": row,
+        "data": Path(data).name,
+        "precision": precision,
+        "settings": settings,
+        "seconds": round(seconds, 2),
+        "peak_MiB": round(torch.cuda.max_memory_allocated() / 2**20),
+        "metrics": {name: round(float(value), 4) for name, value in metrics.items()},
+        **on(),
+    }
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Render a table a batch size, one of the trainings, and the comparisons."""
+    text = [f"{lines[0]['gpu']}, torch {lines[0]['torch']}, {lines[0]['cpu']}", ""]
+    for batch in BATCHES:
+        text += [
+            f"**batch {batch}**",
+            "",
+            "| model | runtime | ms an image (quartiles) | images a second | outside the backbone |",
+            "|---" * 5 + "|",
+        ]
+        for line in lines:
+            if line.get("batch") == batch:
+                low, high = line["quartiles_ms"]
+                share = f"{line['outside_backbone']:.0%}" if line["model"] in ("WTFlow", "FastFlow") else ""
+                text.append(
+                    f"| {line['model']} | {line['runtime']} | {line['ms_an_image']:.3f} ({low:.3f} to {high:.3f}) | "
+                    f"{1000 / line['ms_an_image']:.0f} | {share} |"
+                )
+        text.append("")
+    text += [
+        "| model | precision | training | GPU memory | image AUROC | pixel AUROC | AUPRO |",
+        "|---" * 7 + "|",
+    ]
+    for line in lines:
+        if "precision" in line:
+            m = line["metrics"]
+            text.append(
+                f"| {line['model']} | {line['precision']} | {line['seconds']:.1f} s | {line['peak_MiB']} MiB | "
+                f"{m['image_AUROC']:.4f} | {m['pixel_AUROC']:.4f} | {m['pixel_AUPRO']:.4f} |"
+            )
+    shares = {
+        line["runtime"]: line["outside_backbone"]
+        for line in lines
+        if line.get("batch") == 1 and line["model"] == "WTFlow"
+    }
+    text += ["", *(f"- outside the backbone, batch 1, {runtime}: {share:.1%}" for runtime, share in shares.items())]
+    return "\n".join(text)
+
+
+def main() -> int:
+    """Measure and render."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="mvtec_bottle", help="as for accuracy.py")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--render", action="store_true")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    if given.render:
+        print(tables(need(given.output, "gpu.py")))
+        return 0
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here: run this where torch.cuda.is_available().", file=sys.stderr)
+        return 1
+    given.output.unlink(missing_ok=True)
+    for row, precision in track(TRAININGS, description="Training", transient=True):
+        append(given.output, train(row, given.data, precision))
+    for line in latency(given.rounds):
+        append(given.output, line)
+    print(tables(need(given.output, "gpu.py")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What only a GPU can show. Skipped without one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.engine import Engine
+
+from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.diagnosis import diagnose
+from conftest import quiet_engine
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FIELDS = ("pred_score", "anomaly_map")
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32, not in TF32, which has ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def train(parts: SyntheticParts, root: Path, **kwargs: object) -> tuple[WTFlow, Engine]:
+    model = WTFlow(image_size=128, false_alarm_rate=0.3, max_epochs=40)
+    engine = quiet_engine(root, **kwargs)
+    engine.fit(model, datamodule=parts)
+    return model, engine
+
+
+def score(model: WTFlow, images: torch.Tensor, device: str) -> InferenceBatch:
+    """Score images on a device in float32, before the post-processing."""
+    model = model.eval().to(device)
+    with torch.inference_mode():
+        return model.model(model.pre_processor(images.to(device)))
+
+
+def images_of(parts: SyntheticParts) -> torch.Tensor:
+    return torch.stack([item.image for item in parts.test_data])
+
+
+def test_scores_are_those_of_the_cpu(parts: SyntheticParts, tmp_path: Path) -> None:
+    model, _ = train(parts, tmp_path, accelerator="cpu")
+    images = images_of(parts)
+    there, here = score(model, images, "cuda"), score(model, images, "cpu")
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(there, field).cpu(), getattr(here, field), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_training(parts: SyntheticParts, tmp_path: Path, precision: str) -> None:
+    """Trains and tests; the checkpoint gives on a CPU, in float32, what it gives here."""
+    model, engine = train(parts, tmp_path, accelerator="gpu", precision=precision)
+    (result,) = engine.test(model, datamodule=parts, verbose=False)
+    assert result["image_AUROC"] > 0.95
+    loaded = WTFlow.load_from_checkpoint(engine.best_model_path, map_location="cpu")
+    images = images_of(parts)
+    there, here = score(model, images, "cuda"), score(loaded, images, "cpu")
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(there, field).cpu(), getattr(here, field), rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.post_processor.image_threshold.cpu(), loaded.post_processor.image_threshold)
+
+
+def test_mixed_precision_is_near_float32(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The same weights, in autocast and out of it: eight bits of mantissa leave about one percent."""
+    model, _ = train(parts, tmp_path, accelerator="gpu")
+    images = images_of(parts)
+    whole = score(model, images, "cuda")
+    for dtype, tolerance in ((torch.float16, 0.01), (torch.bfloat16, 0.05)):
+        with torch.autocast("cuda", dtype):
+            mixed = score(model, images, "cuda")
+        error = (mixed.pred_score.float() - whole.pred_score).abs().max() / whole.pred_score.max()
+        assert 0 < error < tolerance, dtype
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(parts: SyntheticParts, tmp_path: Path, mode: str) -> None:
+    """torch.compile, with and without CUDA graphs, gives the post-processed results of eager torch."""
+    model, _ = train(parts, tmp_path, accelerator="gpu", max_epochs=2)
+    model = model.eval().cuda()
+    compiled = torch.compile(model, mode=mode)
+    images = images_of(parts).cuda()
+    with torch.inference_mode():
+        for index in range(3):  # a CUDA graph is recorded in the second call
+            expected, given = model(images[index : index + 1]), compiled(images[index : index + 1])
+            for field in FIELDS:
+                torch.testing.assert_close(getattr(given, field), getattr(expected, field), rtol=1e-3, atol=1e-3)
+
+
+def test_diagnosis(parts: SyntheticParts, tmp_path: Path) -> None:
+    _, engine = train(parts, tmp_path, accelerator="gpu", max_epochs=2)
+    page = diagnose(engine.best_model_path, parts, tmp_path / "page", device="cuda")
+    assert Path(page).exists()
