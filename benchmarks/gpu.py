@@ -1,11 +1,11 @@
 """WTFlow on a GPU beside its backbone alone, FastFlow, Padim and Patchcore; and its training in three precisions.
 
 Usage:
-    python benchmarks/gpu.py [--data mvtec_bottle]     latency, throughput and trainings; JSON
+    python benchmarks/gpu.py [--data mvtec_bottle]     latency, throughput and trainings, what is missing; JSON
     python benchmarks/gpu.py --render                  the tables of the README, from the JSON
 
-Latency: 256 x 256 images on the GPU, from pre-processing to score and map, until the GPU is done. The variants take turns as
-in ``latency.py``, with the same models. ``CUDA graph`` is ``torch.compile(mode="reduce-overhead")``. The share
+Latency: 256 x 256 images on the GPU, from pre-processing to score and map, until the GPU is done. The variants take
+turns as in ``latency.py``, with the same models. ``CUDA graph`` is ``torch.compile(mode="reduce-overhead")``. The share
 outside the backbone is one less the median of the ratios of the backbone to the model. float32 is torch's default,
 with TF32 in convolutions and without it in matrix products; f16 is ``torch.autocast``. Training: through anomalib's
 ``Engine`` as in ``training.py``, image decoding included.
@@ -27,7 +27,7 @@ import torch
 from accuracy import machine
 from latency import BUILDERS, Variant, interleaved, ratio
 from lightning import seed_everything
-from lines import append, need
+from lines import append, need, read
 from rich.progress import track
 from rows import ROWS, build, data_module, quiet_engine
 from runtimes import draw_images
@@ -109,7 +109,7 @@ def train(row: str, data: str, precision: str) -> dict[str, Any]:
         (metrics,) = engine.test(model, datamodule=module, verbose=False)
     return {
         "model": row,
-        "data": Path(data).name,
+        "data": data,
         "precision": precision,
         "settings": settings,
         "seconds": round(seconds, 2),
@@ -174,11 +174,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no CUDA device here: run this where torch.cuda.is_available().", file=sys.stderr)
         return 1
-    given.output.unlink(missing_ok=True)
-    for row, precision in track(TRAININGS, description="Training", transient=True):
-        append(given.output, train(row, given.data, precision))
-    for line in latency(given.rounds):
+    done = read(given.output)
+    for line in latency(given.rounds) if not any("batch" in line for line in done) else ():
         append(given.output, line)
+    trained = {(line["model"], line["precision"]) for line in done if "precision" in line}
+    plan = [training for training in TRAININGS if training not in trained]
+    for row, precision in track(plan, description="Training", transient=True):
+        append(given.output, train(row, given.data, precision))
     print(tables(need(given.output, "gpu.py")))
     return 0
 

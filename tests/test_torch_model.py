@@ -160,3 +160,23 @@ def test_one_density_for_one_field() -> None:
     joint = fitted(fields="joint", density="gaussian")
     torch.testing.assert_close(joint.log_density(y), -0.5 * y.square().mean(1, keepdim=True))
     assert fitted().log_density(y).shape == (2, 3, 3, 3)
+
+
+def test_compiles_to_one_graph() -> None:
+    """Which CUDA graphs need; the resampling is a constant of it."""
+    model = fitted(width=8).eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        given = torch.compile(model, fullgraph=True, backend="eager")(images)
+        expected = model(images)
+    torch.testing.assert_close(given.anomaly_map, expected.anomaly_map)
+    torch.testing.assert_close(given.pred_score, expected.pred_score)
+
+
+def test_export_before_the_first_prediction_leaves_nothing_behind() -> None:
+    model, images = fitted(width=8).eval(), torch.randn(1, 3, 72, 88)
+    exported = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        given, expected = exported(images), model(images)
+    torch.testing.assert_close(given.anomaly_map, expected.anomaly_map)
+    torch.testing.assert_close(given.pred_score, expected.pred_score)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,18 @@ def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.devi
     if sigma:
         matrix = gaussian_blur2d(matrix, (2 * reach(sigma) + 1, 1), (sigma, 1.0), "reflect")
     return matrix[0, 0].to(device, torch.float32)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def _remembered_resampling(*key: Any) -> Tensor:
+    return resampling(*key)
+
+
+@torch.compiler.assume_constant_result
+def constant_resampling(*key: Any) -> Tensor:
+    """:func:`resampling`, computed once, and a constant of compiled graphs."""
+    return _remembered_resampling(*key)
 
 
 def reach(sigma: float) -> int:
@@ -145,7 +158,6 @@ class AnomalyMapGenerator(nn.Module):
         sizes = torch.tensor([1.0] if channels is None else [float(size) for size in channels])
         self.register_buffer("weights", (sizes / sizes.sum()).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("limit", torch.tensor(float("inf")))
-        self._matrices: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:
         """Make the map and the score.
@@ -178,15 +190,10 @@ class AnomalyMapGenerator(nn.Module):
         return self._resample(density.amax(dim=(-2, -1), keepdim=True) - density, image_size, self.sigma)
 
     def _resample(self, x: Tensor, size: tuple[int, int] | torch.Size, sigma: float) -> Tensor:
-        rows, columns = (
-            self._matrix(int(x.shape[axis]), int(size[axis]), sigma, x.device).to(x.dtype) for axis in (-2, -1)
-        )
+        # While a model is exported, tensors are stand-ins, which must not be remembered.
+        matrix = resampling if torch.compiler.is_exporting() else constant_resampling
+        rows, columns = (matrix(int(x.shape[axis]), int(size[axis]), sigma, x.device).to(x.dtype) for axis in (-2, -1))
         return rows @ x @ columns.T
-
-    def _matrix(self, *key: Any) -> Tensor:
-        if key not in self._matrices:
-            self._matrices[key] = resampling(*key)
-        return self._matrices[key]
 
     def values(self, log_density: Tensor, anomaly_map: Tensor) -> Tensor:
         """Return what the image score is taken from: ``(N, 1, H, W)``, at the map's pixels or the features' positions.

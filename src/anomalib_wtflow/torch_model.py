@@ -107,6 +107,8 @@ class WTFlowModel(nn.Module):
         self.coupling = get_coupling(coupling)
         self.solver = get_solver(solver, steps)
         self.start_time = start_time
+        # A number, not a tensor to be read at each call, which would split a compiled graph.
+        self.start_scale = self.path.coefficients(torch.tensor(start_time)).a.item()
         self.times = get_time_sampling(time_sampling, start_time)
         self.density = density
         lookup(DENSITIES, "density", density)
@@ -166,8 +168,7 @@ class WTFlowModel(nn.Module):
         ``y = x0 + (x(1) - x(t_s)) / (1 - t_s)`` with ``dx/dt = v(x, t)`` from ``x(t_s) = a_{t_s} x0``: the mean
         velocity from the start time on, followed for one unit of time.
         """
-        start = self.path.coefficients(torch.tensor(self.start_time)).a.item() * x0
-        return x0 + self.solver.mean_velocity(self.field, start, self.start_time, 1.0)
+        return x0 + self.solver.mean_velocity(self.field, self.start_scale * x0, self.start_time, 1.0)
 
     def log_density(self, y: Tensor) -> Tensor:
         """Density proxy of end points ``(N, C, H, W)``, ``(N, L, H, W)``: of each layer that has a field of its own."""
