@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.feature_extractor import FeatureExtractor
-from anomalib_wtflow.quantization import count_convolutions, quantize, tail_names
+from anomalib_wtflow.quantization import count_convolutions, keep_precise, quantize, tail_names
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 POSITIONS = (IMAGE_SIZE // 8) ** 2
@@ -204,12 +204,17 @@ def to_openvino(precision: str) -> Callable[[Any, Path], Path]:
         import openvino
 
         network = openvino.convert_model(to_onnx(model, folder))
+        ours = isinstance(model, WTFlow | Backbone)
+        if ours:
+            extractor = (model.model if isinstance(model, WTFlow) else model).feature_extractor
+            convolutions = count_convolutions(extractor.network)
         if precision == "INT8":
-            extractor = (model if isinstance(model, Backbone) else model.model).feature_extractor
             noise = [np.random.default_rng(k).random((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32) for k in range(8)]
-            network = quantize(network, noise, count_convolutions(extractor.network))
+            network = quantize(network, noise, convolutions)
         path = folder / "openvino" / "model.xml"
         openvino.save_model(network, path, compress_to_fp16=precision == "FP16")
+        if ours:
+            keep_precise(path, convolutions)
         return path
 
     return export

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -498,11 +499,8 @@ class WTFlow(EpochDefault, AnomalibModule):
         """Set the limit of the contrast for the present weights, while training; once a step."""
         if self.trainer.state.fn != TrainerFn.FITTING or self._observed_at == self.global_step:
             return
-        training = self.training
-        self.eval()
-        with self.trainer.precision_plugin.val_step_context():
+        with self._evaluating():
             self.model.observe(self._reference.to(self.device), self._image_size)
-        self.train(training)
         limit = self.model.anomaly_map_generator.limit
         if self.trainer.world_size > 1:
             limit.copy_(self.trainer.strategy.reduce(limit, reduce_op="max"))
@@ -520,12 +518,18 @@ class WTFlow(EpochDefault, AnomalibModule):
     @torch.no_grad()
     def score_features(self, features: Tensor, image_size: tuple[int, int]) -> InferenceBatch:
         """Score backbone features ``(N, C, H, W)`` of images of ``image_size`` pixels as the model does by now."""
-        training = self.training
-        self.eval()
+        with self._evaluating():
+            return self._finite(self.model.predict(features.to(self.device), image_size))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Have the field, the only part that training changes, evaluate with the trainer's precision."""
+        field = self.model.field
+        training = field.training
+        field.eval()
         with self.trainer.precision_plugin.val_step_context():
-            predictions = self.model.predict(features.to(self.device), image_size)
-        self.train(training)
-        return self._finite(predictions)
+            yield
+        field.train(training)
 
     def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Regress the field on one batch.
