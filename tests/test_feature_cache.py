@@ -26,8 +26,15 @@ def test_store_gives_back_what_it_was_given(budget: float) -> None:
     for wrong in (torch.randn(2, 3, 2, 4), torch.randn(1, 3, 4, 4)):
         with pytest.raises(ValueError, match="do not fit behind 6 of 7 of size"):
             store.append(wrong)
+
+
+@pytest.mark.parametrize("budget", [1e9, 0])
+def test_store_applies_a_function_to_all_it_has(budget: float) -> None:
+    features = torch.randn(35, 3, 2, 4)
+    store = FeatureStore(40, budget)
+    store.append(features)
     store.apply(lambda part: 2 * part)
-    assert torch.equal(store.features, 2 * torch.cat(parts))
+    assert torch.equal(store.features, 2 * features)
 
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(False, [4, 4, 3]), (True, [4, 4])])
@@ -80,12 +87,14 @@ def test_no_image_passes_the_backbone_twice(parts: SyntheticParts, tmp_path: Pat
     assert backbone_images(parts, tmp_path, feature_cache=0) == {"before": 13, "epochs": 3 * 13 + 3}
 
 
-@pytest.mark.parametrize("budget", [1.0, 1e-9, 0.0])
+@pytest.mark.parametrize(
+    ("budget", "normalization"), [(1.0, "channel"), (1e-9, "whitening"), (1.0, "layer_norm"), (0.0, "channel")]
+)
 def test_each_epoch_regresses_on_every_images_normalised_features(
-    parts: SyntheticParts, tmp_path: Path, budget: float
+    parts: SyntheticParts, tmp_path: Path, budget: float, normalization: str
 ) -> None:
     module = as_mvtec(parts)
-    model = WTFlow(**{**SMALL, "feature_cache": budget, "max_epochs": 2})
+    model = WTFlow(**{**SMALL, "feature_cache": budget, "max_epochs": 2, "normalization": normalization})
     regress = model.model.regress
     shown: list[torch.Tensor] = []
 

@@ -9,7 +9,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_wtflow import SyntheticParts, WTFlow
@@ -353,6 +353,41 @@ def test_batch_of_one(parts: SyntheticParts, tmp_path: Path) -> None:
     model = WTFlow(max_epochs=1, coupling="worst_of_two", network="unet", width=8, merge="finest", **SMALL)
     quiet_engine(tmp_path).fit(model, datamodule=module)
     assert model.post_processor.image_threshold.isfinite()
+
+
+def test_scores_in_training_are_those_of_evaluation(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The U-Net's batch normalisations tell the two modes apart; an error leaves the field as it was."""
+    model = WTFlow(max_epochs=2, coupling="worst_of_two", network="unet", width=8, merge="finest", **SMALL)
+    checked = []
+
+    class Check(Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            features = model._reference[:4]
+            given = model.score_features(features, (64, 64)).pred_score
+            assert model.model.field.training
+            model.model.field.eval()
+            expected = model.model.predict(features, (64, 64)).pred_score
+            model.model.field.train()
+            torch.testing.assert_close(given, expected)
+            assert not torch.allclose(given, model.model.predict(features, (64, 64)).pred_score, rtol=1e-3)
+            with pytest.raises(RuntimeError, match="scores became NaN"):
+                model.score_features(features * torch.nan, (64, 64))
+            assert model.model.field.training
+            checked.append(1)
+
+    quiet_engine(tmp_path, callbacks=[Check()]).fit(model, datamodule=as_mvtec(parts))
+    assert len(checked) == 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", None)])
+def test_optimizers_are_fused_where_gradients_can_still_be_clipped(
+    parts: SyntheticParts, tmp_path: Path, optimizer: str, precision: str, fused: bool | None
+) -> None:
+    model = WTFlow(max_epochs=1, coupling="worst_of_two", optimizer=optimizer, **SMALL)
+    quiet_engine(tmp_path, precision=precision, gradient_clip_val=1.0).fit(model, datamodule=as_mvtec(parts))
+    assert model.optimizers().optimizer.defaults["fused"] is fused
+    assert model.trainer.global_step == 2
 
 
 def test_reload_needs_neither_hub_nor_file(parts: SyntheticParts, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from operator import index
+from typing import Literal
 
 import torch
 from kornia.filters import gaussian_blur2d
@@ -71,14 +72,14 @@ def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.devi
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
-def _remembered_resampling(*key: Any) -> Tensor:
-    return resampling(*key)
+def _remembered_resampling(inputs: int, outputs: int, sigma: float, device: torch.device) -> Tensor:
+    return resampling(inputs, outputs, sigma, device)
 
 
-@torch.compiler.assume_constant_result
-def constant_resampling(*key: Any) -> Tensor:
+@torch.compiler.assume_constant_result  # which takes plain functions only, not those that remember
+def constant_resampling(inputs: int, outputs: int, sigma: float, device: torch.device) -> Tensor:
     """:func:`resampling`, computed once, and a constant of compiled graphs."""
-    return _remembered_resampling(*key)
+    return _remembered_resampling(inputs, outputs, sigma, device)
 
 
 def reach(sigma: float) -> int:
@@ -192,7 +193,10 @@ class AnomalyMapGenerator(nn.Module):
     def _resample(self, x: Tensor, size: tuple[int, int] | torch.Size, sigma: float) -> Tensor:
         # While a model is exported, tensors are stand-ins, which must not be remembered.
         matrix = resampling if torch.compiler.is_exporting() else constant_resampling
-        rows, columns = (matrix(int(x.shape[axis]), int(size[axis]), sigma, x.device).to(x.dtype) for axis in (-2, -1))
+        # `index`, unlike `int`, fixes the size in a compiled graph, which is compiled again for another.
+        rows, columns = (
+            matrix(index(x.shape[axis]), index(size[axis]), sigma, x.device).to(x.dtype) for axis in (-2, -1)
+        )
         return rows @ x @ columns.T
 
     def values(self, log_density: Tensor, anomaly_map: Tensor) -> Tensor:

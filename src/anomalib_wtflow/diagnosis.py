@@ -498,7 +498,7 @@ def log_density_numbers(
     """
     torch_model = model.model
     start = torch_model.start_time
-    scale = torch_model.path.coefficients(torch.tensor(start)).a.item()
+    scale = torch_model.start_scale
     pointwise = torch_model.field.pointwise
     generator = torch_model.anomaly_map_generator.without_limit()
     scores: dict[str, list[list[float]]] = {}
