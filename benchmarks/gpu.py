@@ -8,7 +8,7 @@ Latency: 256 x 256 images on the GPU, from pre-processing to score and map, unti
 turns as in ``latency.py``, with the same models. ``CUDA graph`` is ``torch.compile(mode="reduce-overhead")``. The share
 outside the backbone is one less the median of the ratios of the backbone to the model. float32 is torch's default,
 with TF32 in convolutions and without it in matrix products; f16 is ``torch.autocast``. Training: through anomalib's
-``Engine`` as in ``training.py``, image decoding included.
+``Engine`` as in ``training.py``, image decoding included, after an epoch that is not counted, in which CUDA loads.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 """Models and runtimes that take turns. Compiling takes minutes, so that group is the last."""
 BATCHES = (1, 32)
 LARGE = ("Patchcore 3000", "WTFlow 3000")
-"""Not measured at batch 32: the distances alone would take 40 GB."""
+"""Not measured at batch 32: Patchcore's distances alone would take 40 GB."""
 TRAININGS: tuple[tuple[str, str], ...] = (
     ("WTFlow", "32-true"),
     ("WTFlow", "16-mixed"),
@@ -56,7 +56,7 @@ def load(name: str, runtime: str) -> Callable[[torch.Tensor], None]:
     """Put a model on the GPU; return a call that ends when the GPU is done."""
     network = BUILDERS[name]().cuda()
     if runtime.startswith("CUDA graph"):
-        network = torch.compile(network, mode="reduce-overhead")
+        network = torch.compile(network, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
     def call(images: torch.Tensor) -> None:
         with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=runtime.endswith("f16")):
@@ -66,9 +66,14 @@ def load(name: str, runtime: str) -> Callable[[torch.Tensor], None]:
     return call
 
 
-def on() -> dict[str, Any]:
-    """Name the GPU and the versions beside the processor."""
+def hardware() -> dict[str, Any]:
+    """Name the GPU and torch's version beside the processor."""
     return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **machine()}
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Say what a line of the JSON measured, and where."""
+    return tuple(line.get(name) for name in ("gpu", "model", "runtime", "batch", "data", "precision"))
 
 
 def latency(models: Sequence[str], runtimes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
@@ -90,21 +95,22 @@ def latency(models: Sequence[str], runtimes: Sequence[str], rounds: int) -> list
         line |= {"ms_an_image": round(middle, 4), "quartiles_ms": [round(low, 4), round(high, 4)], "rounds": rounds}
         reference = Variant("backbone", variant.runtime, variant.batch)
         line["outside_backbone"] = round(1 - ratio(seconds, reference, variant), 3)
-        lines.append({**line, **on()})
+        lines.append({**line, **hardware()})
     return lines
 
 
-def train(row: str, data: str, precision: str) -> dict[str, Any]:
-    """Train and test a model."""
+def train(row: str, data: str, precision: str, **kwargs: Any) -> dict[str, Any]:
+    """Train and test a model, with more arguments for the engine if given."""
     seed_everything(0, verbose=False)
     model, settings = build(row, data, None)
     module = data_module(data, None, ROWS[row].batch_size)
     torch.cuda.reset_peak_memory_stats()
     with TemporaryDirectory() as folder:
-        engine = quiet_engine(folder, accelerator="gpu", precision=precision)
+        engine = quiet_engine(folder, accelerator="gpu", precision=precision, **kwargs)
         start = time.perf_counter()
         engine.fit(model, datamodule=module)
         seconds = time.perf_counter() - start
+        peak = round(torch.cuda.max_memory_allocated() / 2**20)
         (metrics,) = engine.test(model, datamodule=module, verbose=False)
     return {
         "model": row,
@@ -112,14 +118,20 @@ def train(row: str, data: str, precision: str) -> dict[str, Any]:
         "precision": precision,
         "settings": settings,
         "seconds": round(seconds, 2),
-        "peak_MiB": round(torch.cuda.max_memory_allocated() / 2**20),
+        "peak_MiB": peak,
         "metrics": {name: round(float(value), 4) for name, value in metrics.items()},
-        **on(),
+        **hardware(),
     }
 
 
 def tables(lines: list[dict[str, Any]]) -> str:
-    """Render a table a batch size, one of the trainings, and the comparisons."""
+    """Render, for each GPU, a table a batch size, one of the trainings, and the shares outside the backbone."""
+    gpus = dict.fromkeys(line["gpu"] for line in lines)
+    return "\n".join(tables_of([line for line in lines if line["gpu"] == gpu]) for gpu in gpus)
+
+
+def tables_of(lines: list[dict[str, Any]]) -> str:
+    """Render the tables of one GPU."""
     text = [f"{lines[0]['gpu']}, torch {lines[0]['torch']}, {lines[0]['cpu']}", ""]
     for batch in BATCHES if any("batch" in line for line in lines) else ():
         text += [
@@ -138,15 +150,15 @@ def tables(lines: list[dict[str, Any]]) -> str:
                 )
         text.append("")
     text += [
-        "| model | precision | training | GPU memory | image AUROC | pixel AUROC | AUPRO |",
-        "|---" * 7 + "|",
+        "| data | model | precision | training | GPU memory | image AUROC | pixel AUROC | AUPRO |",
+        "|---" * 8 + "|",
     ]
     for line in lines:
         if "precision" in line:
             m = line["metrics"]
             text.append(
-                f"| {line['model']} | {line['precision']} | {line['seconds']:.1f} s | {line['peak_MiB']} MiB | "
-                f"{m['image_AUROC']:.4f} | {m['pixel_AUROC']:.4f} | {m['pixel_AUPRO']:.4f} |"
+                f"| {line['data']} | {line['model']} | {line['precision']} | {line['seconds']:.1f} s | "
+                f"{line['peak_MiB']} MiB | {m['image_AUROC']:.4f} | {m['pixel_AUROC']:.4f} | {m['pixel_AUPRO']:.4f} |"
             )
     shares = {
         line["runtime"]: line["outside_backbone"]
@@ -174,12 +186,15 @@ def main() -> int:
         print("There is no CUDA device here: run this where torch.cuda.is_available().", file=sys.stderr)
         return 1
     done = read(given.output)
-    measured = {line["runtime"] for line in done if "batch" in line}
+    here = torch.cuda.get_device_name()
+    measured = {key(line) for line in done}
     for models, runtimes in GROUPS:
-        for line in latency(models, runtimes, given.rounds) if not measured.issuperset(runtimes) else ():
-            append(given.output, line)
-    trained = {(line["model"], line["precision"]) for line in done if "precision" in line}
-    plan = [training for training in TRAININGS if training not in trained]
+        if {(here, model, runtime, 1, None, None) for model in models for runtime in runtimes} - measured:
+            for line in latency(models, runtimes, given.rounds):
+                append(given.output, line)
+    plan = [pair for pair in TRAININGS if (here, pair[0], None, None, given.data, pair[1]) not in measured]
+    if plan:
+        train("WTFlow", given.data, "32-true", max_epochs=1)
     for row, precision in track(plan, description="Training", transient=True):
         append(given.output, train(row, given.data, precision))
     print(tables(need(given.output, "gpu.py")))

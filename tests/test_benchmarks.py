@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
 import accuracy
 import contribution
+import gpu
 import latency
 import lines
 import rows
@@ -252,7 +253,7 @@ def test_turns_are_taken_and_the_first_round_is_not_counted():
     calls = {latency.one(name): (lambda name=name: order.append(name)) for name in "ab"}
     seconds = latency.interleaved(calls, rounds=3)
     turn = 1 + latency.REPEATS
-    assert "".join(order) == ("a" * turn + "b" * turn) * 4
+    assert "".join(order) == ("b" * turn + "a" * turn + "a" * turn + "b" * turn) * 2
     assert [len(values) for values in seconds.values()] == [3, 3]
 
 
@@ -286,3 +287,22 @@ def test_a_start_that_is_too_slow_is_missed():
     line = {"import_ms": 0.4, "plugin_ms": 100.0, "help_share": 0.02, "help_quartiles": [0.01, 0.03]}
     assert [kept for kept, _ in startup.verdicts(line)] == [True, False]
     assert [kept for kept, _ in startup.verdicts({**line, "import_ms": 6.0, "help_share": 0.009})] == [False, True]
+
+
+def test_gpu_tables_keep_cards_and_data_apart():
+    card = {"gpu": "A", "torch": "2", "cpu": "c"}
+    timed = {"model": "WTFlow", "runtime": "eager", "batch": 1, "ms_an_image": 0.5, "quartiles_ms": [0.4, 0.6]}
+    metrics = {"image_AUROC": 0.9, "pixel_AUROC": 0.8, "pixel_AUPRO": 0.7}
+    trained = {"model": "WTFlow", "data": "d", "precision": "16-mixed", "seconds": 3.0, "peak_MiB": 5}
+    results = [
+        {**timed, "outside_backbone": 0.25, **card},
+        {**trained, "metrics": metrics, **card},
+        {**trained, "metrics": metrics, **card, "gpu": "B"},
+    ]
+    assert len({gpu.key(line) for line in results}) == 3
+    first, second = gpu.tables(results).split("B, torch 2, c")
+    assert "| WTFlow | eager | 0.500 (0.400 to 0.600) | 2000 | 25% |" in first
+    assert "- outside the backbone, batch 1, eager: 25.0%" in first
+    for table in (first, second):
+        assert "| d | WTFlow | 16-mixed | 3.0 s | 5 MiB | 0.9000 | 0.8000 | 0.7000 |" in table
+    assert "eager" not in second

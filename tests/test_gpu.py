@@ -76,21 +76,36 @@ def test_mixed_precision_is_near_float32(parts: SyntheticParts, tmp_path: Path) 
         assert 0 < error < tolerance, dtype
 
 
+def test_a_cpu_checkpoint_goes_on_here_with_clipping_and_mapped_features(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Its optimiser was fused; Lightning refuses to clip fused ones under mixed precision."""
+    _, engine = train(parts, tmp_path, accelerator="cpu", max_epochs=1)
+    model = WTFlow(image_size=128, false_alarm_rate=0.3, feature_cache=1e-9)
+    options = {"accelerator": "gpu", "precision": "16-mixed", "gradient_clip_val": 1.0, "max_epochs": 3}
+    quiet_engine(tmp_path / "resumed", **options).fit(model, datamodule=parts, ckpt_path=engine.best_model_path)
+    assert model.current_epoch == 3
+    assert model.post_processor.image_threshold.isfinite()
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(parts: SyntheticParts, tmp_path: Path, mode: str) -> None:
     """torch.compile, with and without CUDA graphs, gives the post-processed results of eager torch."""
     model, _ = train(parts, tmp_path, accelerator="gpu", max_epochs=2)
     model = model.eval().cuda()
-    compiled = torch.compile(model, mode=mode)
-    images = images_of(parts).cuda()
+    compiled = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
+    images = images_of(parts)[..., :96].cuda()
+    torch._dynamo.utils.counters.clear()
     with torch.inference_mode():
         for index in range(3):  # a CUDA graph is recorded in the second call
             expected, given = model(images[index : index + 1]), compiled(images[index : index + 1])
             for field in FIELDS:
                 torch.testing.assert_close(getattr(given, field), getattr(expected, field), rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_diagnosis(parts: SyntheticParts, tmp_path: Path) -> None:
     _, engine = train(parts, tmp_path, accelerator="gpu", max_epochs=2)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
     page = diagnose(engine.best_model_path, parts, tmp_path / "page", device="cuda")
     assert Path(page).exists()
+    assert torch.cuda.max_memory_allocated() > before + 2**20
