@@ -6,8 +6,9 @@ from functools import lru_cache
 from operator import index
 from typing import Literal
 
+import numpy as np
 import torch
-from kornia.filters import gaussian_blur2d
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,11 +64,15 @@ def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.devi
     Both are linear and act on rows and columns by themselves: ``map = A_h x A_w^T`` is exact, and costs two small
     matrix products where a blur of the full-size map took a quarter of the time of the whole model in OpenVINO.
     """
-    lines = torch.eye(inputs, dtype=torch.float64)[None, None]
-    matrix = F.interpolate(lines, size=(outputs, inputs), mode="bilinear", align_corners=False)
-    if sigma:
-        matrix = gaussian_blur2d(matrix, (2 * reach(sigma) + 1, 1), (sigma, 1.0), "reflect")
-    return matrix[0, 0].to(device, torch.float32)
+    return torch.tensor(_resampling(inputs, outputs, sigma), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _resampling(inputs: int, outputs: int, sigma: float) -> np.ndarray:
+    # In NumPy, so that an exported graph holds the matrix and not how it came about.
+    positions = ((np.arange(outputs) + 0.5) * inputs / outputs - 0.5).clip(0, inputs - 1)
+    matrix = np.stack([np.interp(positions, np.arange(inputs), line) for line in np.eye(inputs)], axis=1)
+    return gaussian_filter1d(matrix, sigma, axis=0, mode="mirror", radius=reach(sigma)) if sigma else matrix
 
 
 @lru_cache(maxsize=64)
