@@ -54,14 +54,14 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu(), "threads": torch.get_num_threads()}
 
 
-def run(row: str, data: str, seed: int, root: Path | None, memo: Memo | None) -> dict[str, Any]:
-    """Train and test one row on one data set with one seed."""
+def run(row: str, data: str, seed: int, root: Path | None, memo: Memo | None, **kwargs: Any) -> dict[str, Any]:
+    """Train and test one row on one data set with one seed, with more arguments for the engine if given."""
     seed_everything(seed, verbose=False)
     model, settings = build(row, data, memo)
     backbone = {id(p) for p in feature_network(model).parameters()}
     module = data_module(data, root, ROWS[row].batch_size)
     with TemporaryDirectory() as folder:
-        engine = quiet_engine(folder)
+        engine = quiet_engine(folder, **kwargs)
         start = time.perf_counter()
         engine.fit(model, datamodule=module)
         fitted = time.perf_counter()

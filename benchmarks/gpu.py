@@ -15,21 +15,18 @@ import argparse
 import logging
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accuracy import machine
+from accuracy import machine, run
 from latency import BUILDERS, Variant, interleaved, ratio
-from lightning import seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lines import append, need, read
 from rich.progress import track
-from rows import ROWS, build, data_module, quiet_engine
 from runtimes import draw_images
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
@@ -101,25 +98,19 @@ def latency(models: Sequence[str], runtimes: Sequence[str], rounds: int) -> list
 
 def train(row: str, data: str, precision: str, **kwargs: Any) -> dict[str, Any]:
     """Train and test a model, with more arguments for the engine if given."""
-    seed_everything(0, verbose=False)
-    model, settings = build(row, data, None)
-    module = data_module(data, None, ROWS[row].batch_size)
     torch.cuda.reset_peak_memory_stats()
-    with TemporaryDirectory() as folder:
-        engine = quiet_engine(folder, accelerator="gpu", precision=precision, **kwargs)
-        start = time.perf_counter()
-        engine.fit(model, datamodule=module)
-        seconds = time.perf_counter() - start
-        peak = round(torch.cuda.max_memory_allocated() / 2**20)
-        (metrics,) = engine.test(model, datamodule=module, verbose=False)
+    peak: list[int] = []
+    note_peak = LambdaCallback(on_train_end=lambda *_: peak.append(torch.cuda.max_memory_allocated()))
+    options = {"accelerator": "gpu", "precision": precision, "callbacks": [note_peak], **kwargs}
+    result = run(row, data, 0, None, None, **options)
     return {
         "model": row,
         "data": data,
         "precision": precision,
-        "settings": settings,
-        "seconds": round(seconds, 2),
-        "peak_MiB": peak,
-        "metrics": {name: round(float(value), 4) for name, value in metrics.items()},
+        "settings": result["settings"],
+        "seconds": result["fit_seconds"],
+        "peak_MiB": round(peak[0] / 2**20),
+        "metrics": {name: round(value, 4) for name, value in result["metrics"].items()},
         **hardware(),
     }
 

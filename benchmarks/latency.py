@@ -204,17 +204,15 @@ def to_openvino(precision: str) -> Callable[[Any, Path], Path]:
         import openvino
 
         network = openvino.convert_model(to_onnx(model, folder))
-        ours = isinstance(model, WTFlow | Backbone)
-        if ours:
-            extractor = (model.model if isinstance(model, WTFlow) else model).feature_extractor
-            convolutions = count_convolutions(extractor.network)
+        extractor = (model if isinstance(model, Backbone) else model.model).feature_extractor
+        ours = isinstance(extractor, FeatureExtractor)
         if precision == "INT8":
             noise = [np.random.default_rng(k).random((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32) for k in range(8)]
-            network = quantize(network, noise, convolutions)
+            network = quantize(network, noise, count_convolutions(extractor.network))
         path = folder / "openvino" / "model.xml"
         openvino.save_model(network, path, compress_to_fp16=precision == "FP16")
         if ours:
-            keep_precise(path, convolutions)
+            keep_precise(path, count_convolutions(extractor.network))
         return path
 
     return export

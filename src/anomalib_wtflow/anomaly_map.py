@@ -64,21 +64,15 @@ def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.devi
     Both are linear and act on rows and columns by themselves: ``map = A_h x A_w^T`` is exact, and costs two small
     matrix products where a blur of the full-size map took a quarter of the time of the whole model in OpenVINO.
     """
-    return torch.tensor(_resampling(inputs, outputs, sigma), dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=64)
-def _resampling(inputs: int, outputs: int, sigma: float) -> np.ndarray:
     # In NumPy, so that an exported graph holds the matrix and not how it came about.
     positions = ((np.arange(outputs) + 0.5) * inputs / outputs - 0.5).clip(0, inputs - 1)
     matrix = np.stack([np.interp(positions, np.arange(inputs), line) for line in np.eye(inputs)], axis=1)
-    return gaussian_filter1d(matrix, sigma, axis=0, mode="mirror", radius=reach(sigma)) if sigma else matrix
+    if sigma:
+        matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="mirror", radius=reach(sigma))
+    return torch.tensor(matrix, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)
-def _remembered_resampling(inputs: int, outputs: int, sigma: float, device: torch.device) -> Tensor:
-    return resampling(inputs, outputs, sigma, device)
+_remembered_resampling = lru_cache(maxsize=64)(torch.inference_mode(mode=False)(resampling))
 
 
 @torch.compiler.assume_constant_result  # which takes plain functions only, not those that remember
