@@ -33,17 +33,17 @@ from torch.nn import functional as F
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
-from anomalib_wtflow.coupling import get_coupling
-from anomalib_wtflow.feature_extractor import FeatureExtractor
-from anomalib_wtflow.field import get_field
-from anomalib_wtflow.fit import thin
+from anomalib_wtflow.features.backbone import FeatureExtractor
+from anomalib_wtflow.flow.coupling import get_coupling
+from anomalib_wtflow.flow.field import get_field
+from anomalib_wtflow.flow.normalization import NORMALIZATIONS, Whitening
+from anomalib_wtflow.flow.path import ProbabilityPath
+from anomalib_wtflow.flow.regression import thin
+from anomalib_wtflow.flow.schedule import SCHEDULERS
+from anomalib_wtflow.flow.solver import get_solver
+from anomalib_wtflow.flow.times import get_time_sampling
 from anomalib_wtflow.lightning_model import LIMIT_IMAGES
 from anomalib_wtflow.loss import WTFlowLoss
-from anomalib_wtflow.normalization import NORMALIZATIONS, Whitening
-from anomalib_wtflow.path import ProbabilityPath
-from anomalib_wtflow.schedule import SCHEDULERS
-from anomalib_wtflow.solver import get_solver
-from anomalib_wtflow.time_sampling import get_time_sampling
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 SETS = ("mvtec_bottle", "magnetic_tile")

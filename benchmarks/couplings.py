@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from anomalib_wtflow.coupling import COUPLINGS
-from anomalib_wtflow.field import PointwiseField
-from anomalib_wtflow.fit import regress
+from anomalib_wtflow.flow.coupling import COUPLINGS
+from anomalib_wtflow.flow.field import PointwiseField
+from anomalib_wtflow.flow.path import ProbabilityPath
+from anomalib_wtflow.flow.regression import regress
+from anomalib_wtflow.flow.times import uniform
 from anomalib_wtflow.loss import WTFlowLoss
-from anomalib_wtflow.path import ProbabilityPath
-from anomalib_wtflow.time_sampling import uniform
 
 CHANNELS = 152
 DEFAULT = "worst"

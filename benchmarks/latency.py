@@ -43,8 +43,8 @@ from runtimes import OPENERS, THROUGHPUT_IMAGES, draw_images, peak_MiB
 from torch import Tensor, nn
 
 from anomalib_wtflow import WTFlow
-from anomalib_wtflow.feature_extractor import FeatureExtractor
-from anomalib_wtflow.quantization import count_convolutions, keep_precise, quantize, tail_names
+from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize, tail_names
+from anomalib_wtflow.features.backbone import FeatureExtractor
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 POSITIONS = (IMAGE_SIZE // 8) ** 2

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from anomalib_wtflow import FastflowBaseline, SyntheticParts, WTFlow
 from anomalib_wtflow.anomaly_map import student
-from anomalib_wtflow.diagnosis_data import mvtec_layout
-from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, packaged_weights
+from anomalib_wtflow.diagnosis.data import mvtec_layout
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, packaged_weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LAYERS = ("blocks.2", "blocks.4")

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from ablation_plots import NAMES, save
 from latency import RESULTS as LATENCY
 from lines import need
+
 from training import RESULTS as TRAINING
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "speed"

@@ -49,7 +49,7 @@ try:
     main()
 finally:
     (plugin,) = seconds
-    assert "anomalib_wtflow.synthetic" in sys.modules
+    assert "anomalib_wtflow.data.synthetic" in sys.modules
     print(plugin, time.perf_counter() - start)
 """
 

@@ -8,7 +8,7 @@ from anomalib.data import InferenceBatch
 from anomalib.engine import Engine
 
 from anomalib_wtflow import SyntheticParts, WTFlow
-from anomalib_wtflow.diagnosis import diagnose
+from anomalib_wtflow.diagnosis.diagnose import diagnose
 from conftest import quiet_engine
 
 pytestmark = [

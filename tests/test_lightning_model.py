@@ -419,7 +419,7 @@ def test_larger_images_score_the_same_in_training_and_export(trained: SimpleName
 
 
 def test_schedules(tmp_path: Path) -> None:
-    from anomalib_wtflow.schedule import SCHEDULERS
+    from anomalib_wtflow.flow.schedule import SCHEDULERS
 
     factors = {name: [schedule(9)(k) for k in range(10)] for name, schedule in SCHEDULERS.items()}
     assert factors["constant"] == [1.0] * 10

@@ -49,7 +49,7 @@ def test_nothing_heavy_at_start() -> None:
         "import anomalib_wtflow",
         "from anomalib_wtflow import WTFlow, WTFlowModel",
         "import anomalib_wtflow.lightning_model",
-        "import anomalib_wtflow.synthetic",
+        "import anomalib_wtflow.data.synthetic",
         "import importlib.util; importlib.util.find_spec('anomalib.models')",
         "import anomalib.data",
         "import anomalib_wtflow._hook as h, importlib; importlib.reload(h)",

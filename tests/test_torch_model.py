@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 import anomalib_wtflow
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.anomaly_map import density_proxy
-from anomalib_wtflow.fit import thin
+from anomalib_wtflow.flow.regression import thin
 
 SOURCE = Path(anomalib_wtflow.__file__).parent
 

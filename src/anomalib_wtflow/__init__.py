@@ -6,13 +6,13 @@ The names below are loaded on first use, so that ``import anomalib_wtflow`` cost
 TYPE_CHECKING = False  # `typing` would cost every interpreter 15 ms, through the .pth file
 
 if TYPE_CHECKING:
-    from anomalib_wtflow.baselines import FastflowBaseline
-    from anomalib_wtflow.diagnosis import diagnose, diagnose_toy
+    from anomalib_wtflow.data.synthetic import SyntheticParts
+    from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
     from anomalib_wtflow.lightning_model import WTFlow
     from anomalib_wtflow.loss import WTFlowLoss
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
-    from anomalib_wtflow.synthetic import SyntheticParts
     from anomalib_wtflow.torch_model import WTFlowModel
+    from anomalib_wtflow.training.baselines import FastflowBaseline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FastflowBaseline": "baselines",
-    "SyntheticParts": "synthetic",
+    "FastflowBaseline": "training.baselines",
+    "SyntheticParts": "data.synthetic",
     "WTFlow": "lightning_model",
     "WTFlowLoss": "loss",
     "WTFlowModel": "torch_model",
     "WTFlowPostProcessor": "post_processor",
-    "diagnose": "diagnosis",
-    "diagnose_toy": "diagnosis",
+    "diagnose": "diagnosis.diagnose",
+    "diagnose_toy": "diagnosis.diagnose",
 }
 
 

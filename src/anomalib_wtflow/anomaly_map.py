@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomalib_wtflow._registry import lookup
+from anomalib_wtflow.flow.registry import lookup
 
 MapName = Literal["absolute", "relative"]
 DensityName = Literal["gaussian", "student"]

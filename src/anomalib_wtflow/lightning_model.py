@@ -27,24 +27,24 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_wtflow._registration import register_model
-from anomalib_wtflow._registry import lookup
 from anomalib_wtflow.anomaly_map import DensityName, ImageScoreName, MapName
-from anomalib_wtflow.cli_errors import one_sentence
-from anomalib_wtflow.coupling import BATCH_COUPLINGS, CouplingName
-from anomalib_wtflow.epoch_default import EpochDefault
-from anomalib_wtflow.feature_cache import FeatureBatch, FeatureLoader, FeatureStore, is_deterministic
-from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, MergeName, get_data_config
-from anomalib_wtflow.field import FieldName, FieldsName
-from anomalib_wtflow.image_check import ImageCheck
+from anomalib_wtflow.cli.errors import one_sentence
+from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, MergeName, get_data_config
+from anomalib_wtflow.features.cache import FeatureBatch, FeatureLoader, FeatureStore, is_deterministic
+from anomalib_wtflow.flow.coupling import BATCH_COUPLINGS, CouplingName
+from anomalib_wtflow.flow.field import FieldName, FieldsName
+from anomalib_wtflow.flow.normalization import NormalizationName
+from anomalib_wtflow.flow.path import PathName
+from anomalib_wtflow.flow.registry import lookup
+from anomalib_wtflow.flow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
+from anomalib_wtflow.flow.solver import SolverName, not_exportable
+from anomalib_wtflow.flow.times import TimeSamplingName
 from anomalib_wtflow.loss import WTFlowLoss
-from anomalib_wtflow.normalization import NormalizationName
-from anomalib_wtflow.path import PathName
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.quantization import count_convolutions, keep_precise, quantize
-from anomalib_wtflow.schedule import OPTIMIZERS, SCHEDULERS, OptimizerName, SchedulerName
-from anomalib_wtflow.solver import SolverName, not_exportable
-from anomalib_wtflow.time_sampling import TimeSamplingName
 from anomalib_wtflow.torch_model import WTFlowModel
+from anomalib_wtflow.training.epoch_default import EpochDefault
+from anomalib_wtflow.training.image_check import ImageCheck
 
 TRAINING_ONLY = ("coupling", "thinning", "time_sampling")
 """Settings of the torch model that do not change what a trained one computes."""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anomalib_wtflow.feature_cache import FeatureStore
+from anomalib_wtflow.features.cache import FeatureStore
 
 NO_NORMALS = (
     "There are no normal images for the threshold: give at least 2 normal training images, or a validation set with "

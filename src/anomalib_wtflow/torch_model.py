@@ -7,16 +7,16 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
-from anomalib_wtflow._registry import lookup
 from anomalib_wtflow.anomaly_map import DENSITIES, AnomalyMapGenerator, density_proxy
-from anomalib_wtflow.coupling import get_coupling
-from anomalib_wtflow.feature_extractor import DEFAULT_BACKBONE, FeatureExtractor
-from anomalib_wtflow.field import Field, get_field
-from anomalib_wtflow.fit import regress, thin
-from anomalib_wtflow.normalization import get_normalization
-from anomalib_wtflow.path import ProbabilityPath
-from anomalib_wtflow.solver import get_solver
-from anomalib_wtflow.time_sampling import get_time_sampling
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, FeatureExtractor
+from anomalib_wtflow.flow.coupling import get_coupling
+from anomalib_wtflow.flow.field import Field, get_field
+from anomalib_wtflow.flow.normalization import get_normalization
+from anomalib_wtflow.flow.path import ProbabilityPath
+from anomalib_wtflow.flow.registry import lookup
+from anomalib_wtflow.flow.regression import regress, thin
+from anomalib_wtflow.flow.solver import get_solver
+from anomalib_wtflow.flow.times import get_time_sampling
 
 
 class WTFlowModel(nn.Module):
@@ -42,12 +42,12 @@ class WTFlowModel(nn.Module):
         depth: Depth of each network; None for its own default.
         path: ``linear``, ``gaussian`` or ``variance_preserving``.
         s_min: Noise level of the path at t = 0.
-        coupling: One of :data:`anomalib_wtflow.coupling.COUPLINGS`.
+        coupling: One of :data:`anomalib_wtflow.flow.coupling.COUPLINGS`.
         thinning: Stride of the positions that a training step takes of each map; 1 for all. Networks that see a
             neighbourhood always take all.
         time_sampling: Times of training: ``uniform``, or ``logit_normal`` around ``start_time``.
         solver: ``euler``, ``midpoint`` or ``rk4``; or, for analysis, without export, one of torchdiffeq's
-            :data:`anomalib_wtflow.solver.ADAPTIVE_SOLVERS`.
+            :data:`anomalib_wtflow.flow.solver.ADAPTIVE_SOLVERS`.
         steps: Steps of the first three.
         start_time: Time t_s in [0, 1) at which inference enters the flow, see :meth:`flow`. 0 is the paper's one-step
             inference ``y = x0 + v(x0, 0)``; one Euler step on the linear path gives ``y = x0 + v((1 - t_s) x0, t_s)``

@@ -1,0 +1,1 @@
+"""The console command, and errors as the command line shows them."""

@@ -1,0 +1,73 @@
+"""The console command ``anomalib-wtflow``."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``anomalib-wtflow diagnose …``.
+
+    Args:
+        arguments: Arguments of the command line; None for the process's own.
+
+    Raises:
+        SystemExit: With 2 if the arguments are wrong, with 1 if the work fails; one sentence says why.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Other packages' deprecations at import are not the user's business.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+    from anomalib.data import AnomalibDataModule
+    from jsonargparse import ArgumentParser
+
+    from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
+
+    diagnosis = ArgumentParser(
+        description="Write a page of figures that shows why a trained model separates good from defective parts."
+    )
+    diagnosis.add_argument("--toy", action="store_true", help="Show the method on drawn data; no checkpoint needed.")
+    diagnosis.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a WTFlow model.")
+    diagnosis.add_argument(
+        "--data",
+        type=str if _names_a_path(arguments) else AnomalibDataModule,
+        help="anomalib data module with its --data.… arguments, a YAML file with its config, a folder in MVTec's "
+        "layout, or a folder of images.",
+    )
+    diagnosis.add_argument("--seeds", type=int, default=3, help="With --toy: trainings of each field.")
+    diagnosis.add_function_arguments(diagnose, skip={"ckpt_path", "data", "output", "progress"})
+    diagnosis.add_argument("--output", type=str | None, default=None, help="Folder; results/diagnose[-toy] by default.")
+    parser = ArgumentParser(prog="anomalib-wtflow", description="Tools around the anomalib model WTFlow.")
+    parser.add_subcommands().add_subcommand("diagnose", diagnosis, help="Why does a trained model separate?")
+
+    given = parser.parse_args(arguments)
+    if not given.diagnose.toy and (given.diagnose.ckpt_path is None or given.diagnose.data is None):
+        diagnosis.error("give --ckpt_path and --data, or --toy for the method on drawn data.")
+    try:
+        given = parser.instantiate_classes(given).diagnose
+        if given.toy:
+            page = diagnose_toy(given.output or "results/diagnose-toy", given.seeds)
+        else:
+            page = diagnose(
+                given.ckpt_path,
+                given.data,
+                given.output or "results/diagnose",
+                given.flow_images,
+                given.control_steps,
+                given.log_density,
+                given.device,
+                given.seed,
+            )
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(f"Wrote {page}\n")
+
+
+def _names_a_path(arguments: Sequence[str]) -> bool:
+    """Whether ``--data`` is a file or folder, or looks like one, rather than the name of a data module."""
+    values = [value for flag, value in pairwise(arguments) if flag == "--data"]
+    values += [argument.removeprefix("--data=") for argument in arguments if argument.startswith("--data=")]
+    return any(Path(value).exists() or not value.replace(".", "_").isidentifier() for value in values)

@@ -1,0 +1,1 @@
+"""Exports: guards and low precision."""

@@ -1,0 +1,1 @@
+"""Why a trained model separates: numbers, figures, words, and the page that holds them."""

@@ -1,0 +1,1 @@
+"""Frozen backbones, and the cache of what they give."""

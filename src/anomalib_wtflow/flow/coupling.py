@@ -1,0 +1,124 @@
+"""Couplings: which noise each data point is carried to.
+
+Every coupling maps ``(x0, noise)``, both ``(N, C, H, W)``, to the coupled noise of the same shape. The transport cost
+is ``||x0 - eps||^2``; with the norms fixed, its maximum is the minimum of ``<x0, eps>``. Worst transport is
+arXiv 2508.05461's; the realisations are ours.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from anomalib_wtflow.flow.registry import lookup
+
+CouplingName = Literal[
+    "independent", "optimal", "optimal_image", "worst", "worst_image", "worst_local", "worst_of_two", "antipodal"
+]
+
+
+def _assign(inner: Tensor, maximize: bool) -> Tensor:
+    """Solve a batch of assignments over the inner products ``(K, N, N)``; returns column indices ``(K, N)``."""
+    matrices = inner.detach().float().cpu()
+    if not matrices.isfinite().all():
+        msg = "The features or the noise hold NaN or infinite values: check the weights file and the images."
+        raise ValueError(msg)
+    columns = [linear_sum_assignment(matrix, maximize=maximize)[1] for matrix in matrices.numpy()]
+    return torch.stack([torch.from_numpy(column) for column in columns]).to(inner.device)
+
+
+def _permute(vectors: Tensor, index: Tensor) -> Tensor:
+    """Permute vectors ``(K, N, D)`` along N by ``(K, N)``."""
+    return vectors.gather(1, index[..., None].expand_as(vectors))
+
+
+def _by_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
+    index = _assign((x0.flatten(1) @ noise.flatten(1).T)[None], maximize)
+    return noise[index[0]]
+
+
+def _within_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
+    points, draws = x0.flatten(2).mT, noise.flatten(2).mT
+    coupled = _permute(draws, _assign(points @ draws.mT, maximize))
+    return coupled.mT.reshape(noise.shape)
+
+
+def independent(x0: Tensor, noise: Tensor) -> Tensor:
+    """``eps`` as drawn: plain time-reversed flow matching."""
+    del x0
+    return noise
+
+
+def optimal(x0: Tensor, noise: Tensor) -> Tensor:
+    """``argmin_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch optimal transport."""
+    return _by_image(x0, noise, maximize=True)
+
+
+def optimal_image(x0: Tensor, noise: Tensor) -> Tensor:
+    """``argmin_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image: local optimal transport."""
+    return _within_image(x0, noise, maximize=True)
+
+
+def worst(x0: Tensor, noise: Tensor) -> Tensor:
+    """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch worst transport."""
+    return _by_image(x0, noise, maximize=False)
+
+
+def worst_image(x0: Tensor, noise: Tensor) -> Tensor:
+    """``argmax_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image."""
+    return _within_image(x0, noise, maximize=False)
+
+
+def worst_local(x0: Tensor, noise: Tensor) -> Tensor:
+    """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch, at each position by itself."""
+    points, draws = (z.flatten(2).permute(2, 0, 1) for z in (x0, noise))
+    coupled = _permute(draws, _assign(points @ draws.mT, maximize=False))
+    return coupled.permute(1, 2, 0).reshape(noise.shape)
+
+
+def worst_of_two(x0: Tensor, noise: Tensor) -> Tensor:
+    """``-sign<x0, eps> eps`` at each position: the farther of ``eps`` and ``-eps``.
+
+    Given ``x0``, the coupled noise is a half-normal along ``-x0`` and standard normal across it. Over data whose
+    directions are symmetric its marginal stays N(0, I); over one-sided data it does not.
+    """
+    toward = (x0 * noise).sum(dim=1, keepdim=True) > 0
+    return torch.where(toward, -noise, noise)
+
+
+def antipodal(x0: Tensor, noise: Tensor) -> Tensor:
+    """``-sqrt(C) x0 / ||x0||`` at each position: deterministic, on the sphere that the noise concentrates on.
+
+    The marginal is that of the reflected directions of the data, not a Gaussian. A zero vector stays zero.
+    """
+    del noise
+    radius = x0.shape[1] ** 0.5
+    return -radius * torch.nn.functional.normalize(x0, dim=1)
+
+
+Coupling = Callable[[Tensor, Tensor], Tensor]
+
+COUPLINGS: dict[str, Coupling] = {
+    "independent": independent,
+    "optimal": optimal,
+    "optimal_image": optimal_image,
+    "worst": worst,
+    "worst_image": worst_image,
+    "worst_local": worst_local,
+    "worst_of_two": worst_of_two,
+    "antipodal": antipodal,
+}
+
+BATCH_COUPLINGS = frozenset({"optimal", "worst", "worst_local"})
+"""Couplings that rearrange noise between the images of a batch, and so do nothing to a batch of one."""
+
+
+def get_coupling(name: str) -> Coupling:
+    """Return a coupling by name.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    return lookup(COUPLINGS, "coupling", name)

@@ -1,0 +1,230 @@
+"""Vector fields: the networks ``v_theta(x, t)`` that are trained along the paths."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anomalib_wtflow.flow.registry import lookup
+
+FieldName = Literal["pointwise", "unet"]
+FieldsName = Literal["joint", "per_layer"]
+
+
+class TimeEmbedding(nn.Module):
+    """``(sin, cos)(1000 t / 10000^r)`` with r = linspace(0, 1, width / 2).
+
+    The authors embed 1000 t; that their frequencies fall as ``10000^-r``, as is usual, is our reading.
+
+    Args:
+        width: Even number of embedding channels.
+
+    Raises:
+        ValueError: If the width is odd or below 2.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width < 2 or width % 2:
+            msg = f"width is {width}: the time embedding needs an even number of channels, at least 2."
+            raise ValueError(msg)
+        frequencies = 1000 * 10000 ** -torch.linspace(0, 1, width // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed times ``(N,)`` as ``(N, width)``; ``(1,)`` for one time for all."""
+        angle = t[:, None] * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution of ``(N, C, H, W)``.
+
+    In eager torch a matrix product: for one small image torch takes a slow path of its convolution, which made the
+    whole flow twice as slow. Exported graphs keep the convolution, which their runtimes know how to fuse.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``(N, inputs, H, W)`` to ``(N, outputs, H, W)``."""
+        if torch.compiler.is_exporting():
+            return super().forward(x)
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class PointwiseField(nn.Module):
+    """The same residual network at every position: 1x1 convolutions only (ours).
+
+    ``h = A x + B silu(M x + T emb(t))``, then ``h <- h + B' silu(M' h + T' emb(t))`` for each further block,
+    ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide in its neighbourhood, and
+    its cost is a few matrix products.
+
+    Args:
+        channels: Feature channels C.
+        width: Hidden channels, even.
+        depth: Number of residual blocks.
+
+    Raises:
+        ValueError: If the width is odd or below 2.
+    """
+
+    min_size = 1
+    pointwise = True
+
+    def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
+        super().__init__()
+        self.embedding = TimeEmbedding(width)
+        self.stem = PointwiseConv(channels, width)
+        self.inner = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))
+        self.time = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outer = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth))
+        self.head = PointwiseConv(width, channels)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all."""
+        embedding = self.embedding(t)
+        h, z = self.stem(x), x
+        for inner, time, outer in zip(self.inner, self.time, self.outer, strict=True):
+            h = z = h + outer(F.silu(inner(z) + time(embedding)[:, :, None, None]))
+        return self.head(F.silu(h))
+
+
+class ResidualBlock(nn.Module):
+    """``shortcut(h) + (conv3x3-BN-ReLU)^2(h + T emb(t))``, as the authors' blocks.
+
+    Args:
+        inputs: Input channels.
+        outputs: Output channels.
+        embedding: Channels of the time embedding.
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.time = nn.Linear(embedding, inputs)
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Transform ``(N, inputs, H, W)`` under the time embedding ``(N, embedding)``."""
+        return self.shortcut(h) + self.body(h + self.time(embedding)[:, :, None, None])
+
+
+class UNetField(nn.Module):
+    """The authors' mini U-Net: widths b, 2b, 4b, two residual blocks a stage, skips by concatenation.
+
+    1x1 convolution in; two down stages, each followed by a max-pool; a middle block; two up stages (nearest
+    up-sampling to the skip's size, so that any feature size works); 1x1 convolution out. With C = 1024 and b = 768 it
+    has about 763 M parameters, which is our count of the authors' network.
+
+    Args:
+        channels: Feature channels C.
+        width: b, even.
+        depth: Residual blocks in each down and up stage.
+
+    Raises:
+        ValueError: If the width is odd or below 2.
+    """
+
+    min_size = 8
+    pointwise = False
+
+    def __init__(self, channels: int, width: int = 48, depth: int = 2) -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int) -> nn.ModuleList:
+            widths = [inputs] + [outputs] * depth
+            return nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], width) for i in range(depth))
+
+        self.embedding = TimeEmbedding(width)
+        self.stem = nn.Conv2d(channels, width, 1)
+        self.down = nn.ModuleList([stage(width, 2 * width), stage(2 * width, 4 * width)])
+        self.middle = ResidualBlock(4 * width, 4 * width, width)
+        self.up = nn.ModuleList([stage(8 * width, 2 * width), stage(4 * width, width)])
+        self.head = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)``, H and W at least 8, and times ``(N,)`` or ``(1,)``."""
+        embedding = self.embedding(t)
+        h = self.stem(x)
+        skips = []
+        for stage in self.down:
+            for block in stage.children():
+                h = block(h, embedding)
+            skips.append(h)
+            h = F.max_pool2d(h, 2)
+        h = self.middle(h, embedding)
+        for stage in self.up:
+            skip = skips.pop()
+            h = torch.cat([F.interpolate(h, size=skip.shape[-2:], mode="nearest"), skip], dim=1)
+            for block in stage.children():
+                h = block(h, embedding)
+        return self.head(h)
+
+
+class LayerwiseField(nn.Module):
+    """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network of its own for each layer of the features (ours).
+
+    The density is then a product over the layers: what is strange in one layer is not explained away by another.
+
+    Args:
+        fields: Networks v_l.
+        channels: Channels of each x_l.
+    """
+
+    def __init__(self, fields: Sequence[PointwiseField | UNetField], channels: Sequence[int]) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(fields)
+        self.channels = list(channels)
+        self.min_size = max(field.min_size for field in fields)
+        self.pointwise = all(field.pointwise for field in fields)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)`` or ``(1,)``."""
+        layers = x.split(self.channels, dim=1)
+        return torch.cat([field(layer, t) for field, layer in zip(self.fields, layers, strict=True)], dim=1)
+
+
+Field = PointwiseField | UNetField | LayerwiseField
+FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
+
+
+def get_field(name: str, channels: int | Sequence[int], width: int | None = None, depth: int | None = None) -> Field:
+    """Build a vector field by name; ``width`` and ``depth`` default to the network's own.
+
+    Args:
+        name: ``pointwise`` or ``unet``.
+        channels: Channels C; or a list of the layers' channels, for a network of its own for each.
+        width: Width of each network.
+        depth: Depth of each network.
+
+    Raises:
+        ValueError: If the name is unknown, or a size is not positive.
+    """
+    sizes = {key: value for key, value in (("width", width), ("depth", depth)) if value is not None}
+    for key, value in sizes.items():
+        if value < 1:
+            msg = f"{key} is {value}: the '{name}' network needs at least 1."
+            raise ValueError(msg)
+    build = lookup(FIELDS, "network", name)
+    if isinstance(channels, int):
+        return build(channels, **sizes)
+    if len(channels) == 1:
+        return build(channels[0], **sizes)
+    return LayerwiseField([build(size, **sizes) for size in channels], channels)

@@ -1,0 +1,66 @@
+"""What a flow does to points: radius, centripetal component, local Lipschitz constant, trajectories."""
+
+import torch
+from torch import Tensor
+
+from anomalib_wtflow.flow.solver import ODESolver, Solver, VectorField
+
+
+def radius(x: Tensor) -> Tensor:
+    """``||x|| / sqrt(C)`` at each position of ``(N, C, ...)``, as ``(N, ...)``; 1 on the shell where noise lives."""
+    return x.square().mean(dim=1).sqrt()
+
+
+def centripetal_component(velocity: Tensor, x: Tensor) -> Tensor:
+    """``<u, x> / ||x||^2`` at each position of ``(N, C, ...)``, as ``(N, ...)`` (ours).
+
+    -1 heads for the centre at the speed that reaches it after one unit of time, 0 is sideways, above 0 outward.
+    """
+    return (velocity * x).sum(dim=1) / x.square().sum(dim=1)
+
+
+def trajectory(field: VectorField, x: Tensor, times: Tensor, solver: ODESolver | None = None) -> Tensor:
+    """Points at each of the times, along ``dx/dt = v(x, t)``.
+
+    Args:
+        field: ``v(x, t)``.
+        x: Points at ``times[0]``, ``(N, ...)``.
+        times: K times.
+        solver: Carries the points from one time to the next; None for one RK4 step.
+
+    Returns:
+        ``(K, N, ...)``.
+    """
+    solver = solver or Solver("rk4", 1)
+    points = [x]
+    for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        points.append(solver.integrate(field, points[-1], start, end))
+    return torch.stack(points)
+
+
+def local_lipschitz(field: VectorField, x: Tensor, t: Tensor, iterations: int = 20) -> Tensor:
+    """``|| dv/dx ||_2``, the largest singular value of the Jacobian at each sample, by power iteration on ``J^T J``.
+
+    A lower bound that the iterations tighten. For a field that acts on each position by itself it is the largest over
+    the positions of a sample.
+
+    Args:
+        field: ``v(x, t)``, differentiable in ``x`` in both modes of automatic differentiation.
+        x: Points, ``(N, ...)``.
+        t: Times, ``(N,)``.
+        iterations: Power iterations, at least 1.
+
+    Returns:
+        ``(N,)``.
+    """
+
+    def unit(z: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(z.flatten(1), dim=1).view_as(z)
+
+    backward = torch.func.vjp(lambda z: field(z, t), x)[1]
+    direction = unit(torch.randn_like(x))
+    image = torch.zeros_like(x)
+    for _ in range(iterations):
+        image = torch.func.jvp(lambda z: field(z, t), (x,), (direction,))[1]
+        direction = unit(backward(image)[0])
+    return image.flatten(1).norm(dim=1).detach()

@@ -1,0 +1,154 @@
+"""The command line, as a user types it, in new processes; and every config."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+
+from anomalib_wtflow import SyntheticParts
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ANOMALIB = shutil.which("anomalib", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+class ParseOnly(AnomalibCLI):
+    """anomalib's command line up to the point where it builds what it has parsed."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def anomalib(*arguments: object, cwd: Path, fails: bool = False) -> str:
+    command = [ANOMALIB, *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200"}
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
+    output = result.stdout + result.stderr
+    assert bool(result.returncode) == fails, output[-4000:]
+    return output
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wtflow", "wtflow_paper", "mvtec"])
+def test_configs_parse(name: str) -> None:
+    arguments = ["train", "--config", str(CONFIGS / f"{name}.yaml")]
+    if name == "wtflow":
+        arguments += ["--data", "Folder", "--data.name", "parts", "--data.normal_dir", "good"]
+    config = ParseOnly(arguments, run=False).config.train
+    assert config.model.class_path == "anomalib_wtflow.WTFlow"
+    given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"].get("init_args", {})
+    assert {key: config.model.init_args[key] for key in given} == given
+
+
+def test_the_commented_config_is_the_defaults() -> None:
+    import inspect
+
+    from anomalib_wtflow import WTFlow
+
+    given = yaml.safe_load((CONFIGS / "wtflow.yaml").read_text())["model"]["init_args"]
+    parameters = inspect.signature(WTFlow.__init__).parameters
+    components = {"self", "pre_processor", "post_processor", "evaluator", "visualizer"}
+    assert given == {name: p.default for name, p in parameters.items() if name not in components}
+
+
+def test_benchmark_config() -> None:
+    """Each row has the same arguments (or anomalib cannot collect them), and each model exists."""
+    from anomalib.data import get_datamodule
+    from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+
+    config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
+    rows = list(get_iterator_from_grid_dict(config["benchmark"]))
+    names = [row["model"]["class_path"] for row in rows]
+    assert [name.rsplit(".")[-1] for name in names] == ["WTFlow", "Patchcore", "FastflowBaseline", "Padim"]
+    assert len({tuple(row["model"]["init_args"]) for row in rows}) == 1
+    assert type(get_datamodule(rows[0]["data"])) is SyntheticParts
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "valid"),
+    [
+        ("coupling", "nearest", "antipodal"),
+        ("path", "cubic", "variance_preserving"),
+        ("network", "resnet", "unet"),
+        ("normalization", "batch", "whitening"),
+    ],
+)
+def test_a_wrong_name_lists_the_valid_ones(
+    flag: str, value: str, valid: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        ParseOnly(["train", "--model", "WTFlow", f"--model.{flag}", value, "--data", "SyntheticParts"], run=False)
+    error = capsys.readouterr().err
+    assert flag in error
+    assert value in error
+    assert valid in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("backbone", "resnt18", "error: Unknown backbone 'resnt18': did you mean resnet18"),
+        ("layers", "[nope]", "error: Unknown layer 'nope' of backbone 'tf_efficientnet_lite0': choose from blocks.0"),
+        ("weights", "/none.pth", "error: There is no weights file at '/none.pth'"),
+        ("false_alarm_rate", "1.5", "error: false_alarm_rate is 1.5: choose a share between 0 and 1, such as 0.05."),
+    ],
+)
+def test_a_wrong_argument_ends_with_one_sentence(flag: str, value: str, message: str, tmp_path: Path) -> None:
+    """Without a traceback, and as the last line."""
+    output = anomalib(
+        "train", "--model", "WTFlow", f"--model.{flag}", value, "--data", "SyntheticParts", cwd=tmp_path, fails=True
+    )
+    assert "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith(message)
+
+
+@pytest.mark.slow
+def test_train_test_predict_export(parts: SyntheticParts, tmp_path: Path) -> None:
+    parts.prepare_data()
+    root = Path(parts.root)
+    data = ["--data", "Folder", "--data.root", root, "--data.name", "mine", "--data.normal_dir", "train/good"]
+    data += ["--data.normal_test_dir", "test/good", "--data.abnormal_dir", "test/missing", "--data.num_workers", 0]
+    data += ["--data.train_batch_size", 2, "--data.seed", 0]
+    data += ["--data.mask_dir", "ground_truth/missing"]
+    output = anomalib(
+        "train", "--model", "WTFlow", *data, "--trainer.max_epochs", 30, "--model.image_size", 128, cwd=tmp_path
+    )
+    assert "max_epochs=30" in output
+    assert float(re.search(r"image_AUROC\W+([\d.]+)", output)[1]) > 0.95
+    results = tmp_path / "results/WTFlow/mine/latest"
+    assert list((results / "images").rglob("*.png"))
+
+    checkpoint = results / "weights/lightning/model.ckpt"
+    common = ["--model", "WTFlow", "--model.image_size", 128, "--ckpt_path", checkpoint]
+    again = anomalib("test", *common, *data, cwd=tmp_path)
+    assert re.search(r"image_AUROC\W+([\d.]+)", again)[1] == re.search(r"image_AUROC\W+([\d.]+)", output)[1]
+    anomalib("predict", *common, "--data", root / "test/missing", cwd=tmp_path)
+    for kind, file in [("torch", "model.pt"), ("onnx", "model.onnx"), ("openvino", "model.xml")]:
+        anomalib("export", "--export_type", kind, *common, "--export_root", tmp_path / "out", cwd=tmp_path)
+        assert (tmp_path / "out/weights" / kind / file).stat().st_size > 1000
+
+    refused = anomalib("predict", "--model", "WTFlow", "--data", root / "test/good", cwd=tmp_path, fails=True)
+    assert "not trained" in refused
+
+
+@pytest.mark.slow
+def test_benchmark_runs(tmp_path: Path) -> None:
+    """The config that is shipped, with fewer and smaller images."""
+    config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
+    config["benchmark"]["data"]["init_args"] = {
+        "train_images": 8, "test_images": 8, "defect_images": 2, "side": 128, "root": str(tmp_path / "data"),
+    }  # fmt: skip
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    import pandas as pd
+
+    anomalib("benchmark", "--config", "benchmark.yaml", cwd=tmp_path)
+    (table,) = tmp_path.glob("runs/benchmark/*/results.csv")
+    results = pd.read_csv(table)
+    assert len(results) == 4
+    assert results["image_AUROC"].between(0, 1).all()
+    assert results.set_index(results["model.class_path"].str.rsplit(".").str[-1]).loc["WTFlow", "image_AUROC"] > 0.9

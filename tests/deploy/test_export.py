@@ -1,0 +1,241 @@
+"""Exports against the model in torch: ONNX Runtime, OpenVINO in FP32 and FP16, the pickled module."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
+from PIL import Image
+
+from anomalib_wtflow import WTFlow
+
+pytestmark = pytest.mark.slow
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+FIELDS = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+
+
+@pytest.fixture(scope="session")
+def exported(trained: SimpleNamespace) -> SimpleNamespace:
+    root = trained.root / "exports"
+    return SimpleNamespace(
+        onnx=trained.model.to_onnx(root),
+        openvino=trained.model.to_openvino(root / "fp32"),
+        fp16=trained.model.to_openvino(root / "fp16", compression_type=CompressionType.FP16),
+        torch=trained.model.to_torch(root),
+    )
+
+
+@pytest.fixture(scope="session")
+def images(trained: SimpleNamespace) -> list[Path]:
+    """One good and one defective image of each kind."""
+    root = Path(trained.parts.root)
+    return [root / f"test/{name}/001.png" for name in ("good", "scratch", "stain", "missing")]
+
+
+def as_batch(paths: list[Path]) -> np.ndarray:
+    pixels = [np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255 for path in paths]
+    return np.stack(pixels).transpose(0, 3, 1, 2)
+
+
+def in_torch(trained: SimpleNamespace, batch: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in trained.model(torch.from_numpy(batch))._asdict().items()}
+
+
+def run_onnx(path: Path, batch: np.ndarray) -> dict[str, np.ndarray]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {session.get_inputs()[0].name: batch}), strict=True))
+
+
+def compare(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:
+    for name in ("pred_score", "anomaly_map"):
+        np.testing.assert_allclose(got[name], expected[name], atol=tolerance, rtol=0, err_msg=name)
+    clear = np.abs(expected["pred_score"] - 0.5) > tolerance
+    assert (got["pred_label"].astype(bool) == expected["pred_label"])[clear].all()
+    clear = np.abs(expected["anomaly_map"] - 0.5) > tolerance
+    assert (got["pred_mask"].astype(bool) == expected["pred_mask"])[clear].all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_onnx(trained: SimpleNamespace, exported: SimpleNamespace, images: list[Path], count: int) -> None:
+    batch = as_batch(images[:count])
+    compare(run_onnx(exported.onnx, batch), in_torch(trained, batch))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 200, 300), (1, 3, 64, 64), (2, 3, 517, 131)])
+def test_images_of_any_size(trained: SimpleNamespace, exported: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    """The resize is in the graph: height, width and batch size are free."""
+    batch = np.random.default_rng(0).random(shape, dtype=np.float32)
+    got = run_onnx(exported.onnx, batch)
+    assert got["anomaly_map"].shape == (shape[0], 1, 128, 128)
+    compare(got, in_torch(trained, batch))
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("openvino", 1e-4), ("fp16", 5e-3)])
+def test_openvino(
+    trained: SimpleNamespace,
+    exported: SimpleNamespace,
+    images: list[Path],
+    kind: str,
+    tolerance: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the inferencer writes its cache where it runs
+    inferencer = OpenVINOInferencer(getattr(exported, kind), device="CPU", config=F32)
+    for path in images:
+        expected = in_torch(trained, as_batch([path]))
+        result = inferencer.predict(path)
+        got = {name: np.asarray(getattr(result, name)).reshape(expected[name].shape) for name in FIELDS}
+        compare(got, expected, tolerance)
+
+
+def test_fp16_is_smaller(exported: SimpleNamespace) -> None:
+    sizes = [path.with_suffix(".bin").stat().st_size for path in (exported.openvino, exported.fp16)]
+    assert sizes[1] < 0.55 * sizes[0]
+
+
+def test_torch_inferencer(trained: SimpleNamespace, exported: SimpleNamespace, images: list[Path]) -> None:
+    inferencer = TorchInferencer(exported.torch, device="cpu")
+    for path in images:
+        expected, result = in_torch(trained, as_batch([path])), inferencer.predict(path)
+        compare(
+            {name: getattr(result, name).detach().numpy().reshape(expected[name].shape) for name in FIELDS}, expected
+        )
+
+
+def test_nan_is_anomalous(exported: SimpleNamespace, images: list[Path], tmp_path: Path) -> None:
+    """A broken input is never a silent normal: every image with NaN in it is labelled anomalous by each runtime."""
+    import openvino
+
+    batch = as_batch(images[:1]).repeat(3, axis=0)
+    batch[1, :, 40:60, 40:60] = np.nan
+    batch[2] = np.nan
+    compiled = openvino.compile_model(exported.openvino, "CPU", F32)
+    results = compiled(batch)
+    labels = {
+        "onnx": run_onnx(exported.onnx, batch)["pred_label"].astype(bool).tolist(),
+        "openvino": results["pred_label"].astype(bool).tolist(),
+    }
+    for runtime, label in labels.items():
+        assert label[1:] == [True, True], runtime
+
+
+@pytest.mark.parametrize("network", ["pointwise", "unet"])
+def test_other_choices_export(network: str, tmp_path: Path) -> None:
+    """Every solver, steps, both maps, smoothing: a graph of a model that was fitted on noise agrees with torch."""
+    from anomalib_wtflow import WTFlow
+
+    model = WTFlow(
+        layers=["blocks.2", "blocks.4"],
+        network=network,
+        width=16,
+        image_size=(96, 80),
+        solver="rk4",
+        steps=2,
+        anomaly_map="relative",
+        merge="finest",
+        sigma=8.0,
+    ).eval()
+    model.model.normalization.update(model.model.extract(torch.randn(4, 3, 96, 80)))
+    model.model.normalization.finalize()
+    model.post_processor._image_threshold.fill_(0.1)
+    batch = np.random.default_rng(0).random((2, 3, 96, 80), dtype=np.float32)
+    got = run_onnx(model.to_onnx(tmp_path), batch)
+    compare(got, in_torch(SimpleNamespace(model=model), batch))
+
+
+def test_an_untrained_model_does_not_export(tmp_path: Path) -> None:
+    from anomalib_wtflow import WTFlow
+
+    with pytest.raises(RuntimeError, match="not trained: fit it first, or load a checkpoint"):
+        WTFlow(image_size=64).to_onnx(tmp_path)
+
+
+@pytest.mark.parametrize("export", ["to_torch", "to_onnx", "to_openvino"])
+def test_an_adaptive_solver_does_not_export(export: str, tmp_path: Path) -> None:
+    """But it runs in Python, and agrees with many fixed steps."""
+    torch.manual_seed(0)
+    adaptive, fixed = (WTFlow(solver=solver, steps=64, normalization="layer_norm") for solver in ("dopri5", "rk4"))
+    fixed.load_state_dict(adaptive.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        scores = [model.model.eval()(images).pred_score for model in (adaptive, fixed)]
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"'dopri5' chooses its steps .* does not export: give the model one of euler"):
+        getattr(adaptive, export)(tmp_path)
+
+
+def test_int8_keeps_stem_and_tail_in_float(trained: SimpleNamespace, exported: SimpleNamespace, tmp_path: Path) -> None:
+    """The backbone's other convolutions have 8-bit weights and inputs; nothing of the stem, the flow and the score has.
+
+    Nor has a sum of a residual block. The stem's output, which the next convolution reads, has 8 bits.
+    """
+    import openvino
+
+    from anomalib_wtflow.deploy.quantization import CONVOLUTIONS, residual_names, stem_names, tail_names
+
+    path = trained.model.to_openvino(
+        tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=trained.parts
+    )  # fmt: skip
+    backbone = sum(isinstance(m, torch.nn.Conv2d) for m in trained.model.model.feature_extractor.network.modules())
+    model = openvino.Core().read_model(path)
+    convolutions = [op for op in model.get_ordered_ops() if op.get_type_name() in CONVOLUTIONS]
+    flow_and_density = 3 * 4 + 1
+    assert len(convolutions) == backbone + flow_and_density
+
+    def sources(operation: openvino.Node) -> set[str]:
+        return {value.get_source_output().get_node().get_type_name() for value in operation.inputs()}
+
+    graph = openvino.Core().read_model(exported.openvino)
+    stem, residuals, tail = stem_names(graph, backbone), residual_names(graph), set(tail_names(graph, backbone))
+    assert [name for name in stem if name in {op.get_friendly_name() for op in convolutions}] == [
+        op.get_friendly_name() for op in convolutions[:3]
+    ]
+    assert all("FakeQuantize" in sources(op) for op in convolutions[3:backbone])
+    first = [op for op in model.get_ordered_ops() if op.get_friendly_name() in {*stem, *residuals}]
+    assert len(residuals) >= 5
+    assert all("FakeQuantize" not in sources(op) for op in first)
+    assert "anomaly_map" in tail
+    rest = [op for op in model.get_ordered_ops() if op.get_friendly_name() in tail]
+    assert len([op for op in rest if op.get_type_name() in CONVOLUTIONS]) == flow_and_density
+    assert all("FakeQuantize" not in sources(op) for op in rest)
+    # The ranges come from training images, so images of parts, not noise, are what the scores must hold for.
+    data = trained.parts.test_data
+    batch = np.stack([data[index].image.numpy() for index in (0, 1, len(data) - 2, len(data) - 1)])
+    got = openvino.compile_model(path, "CPU", F32)(batch)["pred_score"]
+    np.testing.assert_allclose(got, in_torch(trained, batch)["pred_score"], atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["openvino", "fp16"])
+def test_the_stem_stays_precise(exported: SimpleNamespace, kind: str) -> None:
+    """Where a runtime computes in bfloat16, the first three convolutions are in f32 and no others; else all are."""
+    import openvino
+
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    precisions = {}
+    for hint in ("f32", "bf16"):
+        compiled = core.compile_model(getattr(exported, kind), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+        # The primitive's name ends in what it computes in; "runtimePrecision" is that of the weights.
+        precisions[hint] = [
+            info["primitiveType"].astype(str).rpartition("_")[2]
+            for info in infos
+            if info["layerType"].astype(str) == "Convolution"
+        ]
+    assert precisions["bf16"][:3] == ["f32"] * 3
+    assert set(precisions["bf16"][3:]) == {"bf16"}
+    assert set(precisions["f32"]) == {"f32"}
+
+
+def test_int8_needs_images(trained: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="INT8_PTQ sets its ranges with training images: give the export a data mod"):
+        trained.model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)

@@ -1,0 +1,179 @@
+"""Backbones: packaged weights, weights files, merging, and the errors a user can make."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from anomalib_wtflow.features import backbone as module
+from anomalib_wtflow.features.backbone import FeatureExtractor, get_data_config, load_weights_file, packaged_weights
+
+SMALL = "resnet10t"
+
+
+def test_packaged_weights_know_an_espresso() -> None:
+    """ImageNet's class 967, espresso, on scikit-image's picture of one, through timm's own pre-processing."""
+    from PIL import Image
+    from skimage.data import coffee
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    model.load_state_dict(packaged_weights())
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    with torch.no_grad():
+        probability = model(transform(Image.fromarray(coffee()))[None]).softmax(1)[0]
+    assert probability.argmax() == 967
+    assert probability[967] > 0.8
+
+
+def test_default_features_are_timms() -> None:
+    model = timm.create_model(
+        "tf_efficientnet_lite0", features_only=True, out_indices=[1, 2, 3], pretrained=False
+    ).eval()
+    state = packaged_weights()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    images = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        finest, fine, coarse = model(images)
+    stacked = FeatureExtractor(merge="coarsest")(images)
+    torch.testing.assert_close(stacked[:, -112:], coarse, rtol=1e-4, atol=1e-4)
+    for maps, part in ((finest, stacked[:, :24]), (fine, stacked[:, 24:64])):
+        expected = F.interpolate(maps, size=coarse.shape[-2:], mode="bilinear")
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
+    layers = ["blocks.2", "blocks.4"]
+    extractor = FeatureExtractor(layers=layers)
+    assert extractor.out_channels == 40 + 112
+    expected = torch.cat([fine, F.interpolate(coarse, fine.shape[-2:], mode="bilinear")], 1)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
+    at_coarse = FeatureExtractor(layers=layers, merge="coarsest")(images)
+    torch.testing.assert_close(at_coarse, torch.cat([F.avg_pool2d(fine, 2), coarse], 1), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_runs_behind_the_last_layer() -> None:
+    assert len(FeatureExtractor().network.blocks) == 5
+    assert len(FeatureExtractor(layers=["blocks.2"]).network.blocks) == 3
+    assert len(FeatureExtractor(layers=["blocks.6"]).network.blocks) == 7
+
+
+def test_pooling() -> None:
+    images = torch.randn(1, 3, 128, 128)
+    plain = FeatureExtractor(layers=["blocks.4"])(images)
+    pooled = FeatureExtractor(layers=["blocks.4"], pool_size=3, pool_stride=2)(images)
+    torch.testing.assert_close(pooled, F.avg_pool2d(plain, 3, 2, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 64), (100, 230), (33, 33)])
+def test_any_input_size(size: tuple[int, int]) -> None:
+    features = FeatureExtractor(merge="coarsest")(torch.rand(1, 3, *size))
+    assert features.shape[-2:] == tuple(-(-side // 16) for side in size)
+    assert features.isfinite().all()
+
+
+def test_too_small_an_image() -> None:
+    with pytest.raises(
+        ValueError, match="Images of 8x64 pixels are smaller than the stride 16 of the layers of 'tf_eff"
+    ):
+        FeatureExtractor()(torch.rand(1, 3, 8, 64))
+    assert FeatureExtractor(layers=["blocks.2"])(torch.rand(1, 3, 8, 64)).shape[-2:] == (1, 8)
+
+
+def test_frozen_and_in_eval_mode() -> None:
+    extractor = FeatureExtractor().train()
+    assert not any(m.training for m in extractor.modules())
+    assert not any(p.requires_grad for p in extractor.parameters())
+    before = {name: tensor.clone() for name, tensor in extractor.state_dict().items()}
+    extractor(torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(before[name], tensor) for name, tensor in extractor.state_dict().items())
+
+
+def test_data_config_is_the_backbones_own() -> None:
+    assert get_data_config("tf_efficientnet_lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (256, 256))
+    config = get_data_config("resnet18.tv_in1k")
+    assert config == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (256, 256))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_file(tmp_path: Path, suffix: str) -> None:
+    """A full classifier's checkpoint, as timm publishes them, gives the backbone its weights; the head is left out."""
+    source = timm.create_model(SMALL, pretrained=False)
+    path = tmp_path / f"weights{suffix}"
+    save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, path
+    )
+    extractor = FeatureExtractor(SMALL, ["layer4"], weights=path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(extractor(images), source.eval().forward_features(images), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_another_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"other.pth' does not fit backbone 'tf_efficientnet_lite0': it lacks 'conv_stem"
+    ):
+        FeatureExtractor(weights=path)
+
+
+def test_unreadable_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no weights file at"):
+        load_weights_file(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text.pth' cannot be read: it must be a .safetensors file, or a state dict"):
+        load_weights_file(tmp_path / "text.pth")
+    (tmp_path / "weights.h5").write_text("")
+    with pytest.raises(ValueError, match=r"ends in '.h5'"):
+        load_weights_file(tmp_path / "weights.h5")
+    torch.save(timm.create_model(SMALL, pretrained=False), tmp_path / "pickle.pth")  # code, not tensors
+    with pytest.raises(ValueError, match=r"pickle.pth' cannot be read"):
+        load_weights_file(tmp_path / "pickle.pth")
+
+
+def test_hub_weights_are_used() -> None:
+    """The hub path with a fake hub: timm is asked for pre-trained features, once, and what it gives is used."""
+    real, asked = timm.create_model, []
+
+    def fake(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        model = real(name, pretrained=False, **kwargs)
+        if pretrained:
+            asked.append(name)
+            torch.nn.init.constant_(model.conv1[0].weight, 0.0)
+        return model
+
+    with patch.object(module.timm, "create_model", fake):
+        extractor = FeatureExtractor(SMALL)
+    assert asked == [SMALL]
+    assert extractor.network.conv1[0].weight.eq(0).all()
+
+
+def test_hub_out_of_reach() -> None:
+    real = timm.create_model
+
+    def fake(name: str, pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+        if pretrained:
+            raise ConnectionError
+        return real(name, pretrained=False, **kwargs)
+
+    message = (
+        r"'resnet10t' could not be fetched from the hub \(ConnectionError\): pass weights=PATH .* or pre_trained=False"
+    )
+    with patch.object(module.timm, "create_model", fake), pytest.raises(RuntimeError, match=message):
+        FeatureExtractor(SMALL)
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ValueError, match="Unknown backbone 'resnt18': did you mean resnet18"):
+        FeatureExtractor("resnt18")
+    with pytest.raises(ValueError, match=r"Unknown layer 'layer9' of backbone 'resnet10t': choose from act1, layer1"):
+        FeatureExtractor(SMALL, ["layer9"], pre_trained=False)
+    with pytest.raises(ValueError, match="name each layer once, the finest first"):
+        FeatureExtractor(SMALL, ["layer3", "layer2"], pre_trained=False)
+    with pytest.raises(ValueError, match="give a list of layer names"):
+        FeatureExtractor(SMALL, "layer3", pre_trained=False)
+    with pytest.raises(ValueError, match="choose an odd size"):
+        FeatureExtractor(SMALL, pre_trained=False, pool_size=2)
+    with pytest.raises(ValueError, match="Unknown merge 'fine': did you mean 'finest'"):
+        FeatureExtractor(SMALL, pre_trained=False, merge="fine")
