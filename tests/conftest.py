@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from lightning import seed_everything
 
 from anomalib_wtflow import SyntheticParts, WTFlow
 
@@ -36,9 +36,8 @@ def parts(parts_root: Path) -> SyntheticParts:
 def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A model trained on the small data set for three epochs: its module, results folder, checkpoint and engine."""
     root = tmp_path_factory.mktemp("trained")
-    seed_everything(0)
     parts = SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, side=128)
-    model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1, coupling="worst_of_two")
+    model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1, overrides={"coupling": "worst_of_two"})
     engine = Engine(default_root_dir=root, logger=False, enable_progress_bar=False, enable_model_summary=False)
     engine.fit(model, datamodule=parts)
     return SimpleNamespace(model=model.eval(), root=root, checkpoint=Path(engine.best_model_path), parts=parts)
@@ -56,3 +55,8 @@ def as_mvtec(parts: SyntheticParts, **kwargs: object) -> Folder:
     return Folder(
         "parts", "train/good", parts.root, "test/scratch", "test/good", "ground_truth/scratch", **options
     )  # fmt: skip
+
+
+def callback_of(model: WTFlow, kind: type[Any]) -> Any:
+    """The callback of a kind in the run that a model is in, or was in last."""
+    return next(callback for callback in model.trainer.callbacks if isinstance(callback, kind))

@@ -11,7 +11,7 @@ from anomalib.models import get_model
 from lightning import seed_everything
 from PIL import Image
 
-from anomalib_wtflow.data.synthetic import draw_part
+from anomalib_wtflow.data.drawing import draw_part
 from conftest import quiet_engine
 
 pytestmark = pytest.mark.slow

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from anomalib_wtflow import WTFlowPostProcessor
 from anomalib_wtflow.post_processor import conformal_threshold
+from anomalib_wtflow.settings import get_settings
+from anomalib_wtflow.training.calibration import Calibration
+from anomalib_wtflow.training.feature_caching import FeatureCaching
 
 
 @given(n=st.integers(1, 60), rate=st.floats(0.001, 0.999))
@@ -119,11 +122,12 @@ def test_no_warning_where_the_rate_is_just_met() -> None:
     """1/20 is a little more than 0.05 in float32."""
     for n, warned in ((19, 0), (18, 1)):
         post = processor(false_alarm_rate=0.05)
-        post._calibration_data = [None] * n
+        calibration = Calibration(post, 0.2, FeatureCaching(0))
+        calibration.data = [None] * n
         post.effective_false_alarm_rate.fill_(conformal_threshold(torch.rand(n), 0.05).false_alarm_rate)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            post._report()
+            calibration._report()
         assert len(caught) == warned
 
 
@@ -155,11 +159,11 @@ def test_rates_out_of_range(rate: float) -> None:
     with pytest.raises(ValueError, match=f"false_alarm_rate is {rate}: choose a share between 0 and 1"):
         WTFlowPostProcessor(false_alarm_rate=rate)
     with pytest.raises(ValueError, match=f"calibration_ratio is {rate}"):
-        WTFlowPostProcessor(calibration_ratio=rate)
+        get_settings(calibration_ratio=rate)
 
 
 def test_settings_survive_a_checkpoint() -> None:
-    config = WTFlowPostProcessor(false_alarm_rate=0.2, calibration_ratio=0.3, image_sensitivity=0.7).checkpoint_config()
+    config = WTFlowPostProcessor(false_alarm_rate=0.2, image_sensitivity=0.7).checkpoint_config()
     other = WTFlowPostProcessor()
     other.load_checkpoint_config(config)
-    assert (other.false_alarm_rate, other.calibration_ratio, other.image_sensitivity) == (0.2, 0.3, 0.7)
+    assert (other.false_alarm_rate, other.image_sensitivity) == (0.2, 0.7)

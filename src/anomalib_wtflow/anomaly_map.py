@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from operator import index
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,11 +11,10 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomalib_wtflow.flow.registry import lookup
-
-MapName = Literal["absolute", "relative"]
-DensityName = Literal["gaussian", "student"]
-ImageScoreName = Literal["map", "features"]
+MAPS = dict.fromkeys(("absolute", "relative"))
+IMAGE_SCORES = dict.fromkeys(("map", "features"))
+WINDOW = 3
+"""Side, in positions, of the window over which the values of the ``features``' score are averaged."""
 
 
 def gaussian(energy: Tensor) -> Tensor:
@@ -44,11 +42,8 @@ def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = 
 
     Returns:
         ``(N, L, H, W)``, at most 0; near 0 is normal.
-
-    Raises:
-        ValueError: If the kind is unknown.
     """
-    log_density = lookup(DENSITIES, "density", kind)
+    log_density = DENSITIES[kind]
     sizes = [y.shape[1]] if channels is None else list(channels)
     if not torch.compiler.is_exporting():
         layers = y.split(sizes, dim=1)
@@ -98,7 +93,7 @@ class AnomalyMapGenerator(nn.Module):
     Score: ``mean of the largest ceil(top_fraction * H * W) values - contrast * min(mean of all, limit)``. Of the map's
     pixels for ``map`` (the authors', with ``contrast = 0``); for ``features`` (ours) of ``-sum_l (C_l / C) log q_l`` at
     the features' own positions (the deep layers, which have more channels, decide on the image, and all layers alike
-    on where), averaged over windows of ``score_window`` positions a side.
+    on where), averaged over windows of 3 x 3 positions.
     The limit is the largest mean among training images, see :meth:`observe`: exposure and texture, which move all
     positions of a good image alike, are taken off, and an image that is foreign all over keeps its score.
     A NaN makes the score NaN.
@@ -110,11 +105,6 @@ class AnomalyMapGenerator(nn.Module):
         image_score: ``map`` or ``features``.
         contrast: Share of the image's mean that is taken off, in [0, 1).
         channels: Channels C_l of each of the L layers; None for a single one.
-        score_window: Odd side, in positions, of the window that the values of ``features`` are averaged over.
-
-    Raises:
-        ValueError: If a name is unknown, the fraction is outside (0, 1], sigma is negative or not finite, the
-            contrast is outside [0, 1), or the window is even or below 1.
     """
 
     weights: Tensor
@@ -128,33 +118,13 @@ class AnomalyMapGenerator(nn.Module):
         image_score: str = "map",
         contrast: float = 0.0,
         channels: Sequence[int] | None = None,
-        score_window: int = 1,
     ) -> None:
         super().__init__()
-        if kind not in ("absolute", "relative"):
-            msg = f"Unknown anomaly map '{kind}': choose one of absolute, relative."
-            raise ValueError(msg)
-        if image_score not in ("map", "features"):
-            msg = f"Unknown image score '{image_score}': choose one of map, features."
-            raise ValueError(msg)
-        if not 0 < top_fraction <= 1:
-            msg = f"top_fraction is {top_fraction}: choose a share of the pixels in (0, 1]."
-            raise ValueError(msg)
-        if not 0 <= sigma < float("inf"):
-            msg = f"sigma is {sigma}: choose a standard deviation in pixels, or 0 for no smoothing."
-            raise ValueError(msg)
-        if not 0 <= contrast < 1:
-            msg = f"contrast is {contrast}: choose a share in [0, 1)."
-            raise ValueError(msg)
-        if score_window < 1 or score_window % 2 == 0:
-            msg = f"score_window is {score_window}: choose an odd number of positions, or 1 for no averaging."
-            raise ValueError(msg)
         self.kind = kind
         self.top_fraction = top_fraction
         self.sigma = float(sigma)
         self.image_score = image_score
         self.contrast = contrast
-        self.score_window = score_window
         sizes = torch.tensor([1.0] if channels is None else [float(size) for size in channels])
         self.register_buffer("weights", (sizes / sizes.sum()).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("limit", torch.tensor(float("inf")))
@@ -211,9 +181,7 @@ class AnomalyMapGenerator(nn.Module):
             msg = f"The density proxy has {layers} layers and the generator {expected}: give it the channels of each."
             raise ValueError(msg)
         values = -(self.weights * log_density).sum(dim=1, keepdim=True) if layers == expected else -log_density
-        if self.score_window == 1:
-            return values
-        return F.avg_pool2d(values, self.score_window, 1, self.score_window // 2, count_include_pad=False)
+        return F.avg_pool2d(values, WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
     def score(self, values: Tensor) -> Tensor:
         """Mean of the largest ``top_fraction`` of ``(N, 1, H, W)``, less what the contrast takes off: ``(N,)``."""

@@ -1,7 +1,8 @@
 """Loss of WT-Flow."""
 
-import torch
 from torch import Tensor, nn
+
+from anomalib_wtflow.flow.regression import matching_loss
 
 
 class WTFlowLoss(nn.Module):
@@ -17,4 +18,4 @@ class WTFlowLoss(nn.Module):
         Returns:
             The mean squared error, a scalar.
         """
-        return torch.nn.functional.mse_loss(prediction, velocity)
+        return matching_loss(prediction, velocity)

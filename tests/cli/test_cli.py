@@ -11,7 +11,9 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_wtflow import SyntheticParts
+from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.cli.main import main
+from anomalib_wtflow.settings import ARGUMENTS, declared, get_settings, option
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ANOMALIB = shutil.which("anomalib", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -45,14 +47,27 @@ def test_configs_parse(name: str) -> None:
 
 
 def test_the_commented_config_is_the_defaults() -> None:
-    import inspect
-
-    from anomalib_wtflow import WTFlow
-
     given = yaml.safe_load((CONFIGS / "wtflow.yaml").read_text())["model"]["init_args"]
-    parameters = inspect.signature(WTFlow.__init__).parameters
-    components = {"self", "pre_processor", "post_processor", "evaluator", "visualizer"}
-    assert given == {name: p.default for name, p in parameters.items() if name not in components}
+    assert given.pop("recipe") == "default"
+    overrides = given.pop("overrides")
+    assert not set(overrides) & set(ARGUMENTS)
+    assert {**given, **overrides} == get_settings().plain()
+
+
+def test_the_paper_config_is_the_paper_recipe() -> None:
+    given = yaml.safe_load((CONFIGS / "wtflow_paper.yaml").read_text())["model"]["init_args"]
+    assert given == {"recipe": "paper"}
+
+
+def test_the_list_of_settings_is_that_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["settings", "--markdown"])
+    printed = capsys.readouterr().out
+    assert printed.strip() in (CONFIGS.parent / "docs" / "settings.md").read_text()
+    assert len(printed.splitlines()) == 2 + len(declared())
+    main(["settings"])
+    shown = capsys.readouterr().out
+    for name in declared():
+        assert option(name) in shown
 
 
 def test_benchmark_config() -> None:
@@ -69,7 +84,7 @@ def test_benchmark_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "valid"),
+    ("name", "value", "valid"),
     [
         ("coupling", "nearest", "antipodal"),
         ("path", "cubic", "variance_preserving"),
@@ -77,15 +92,11 @@ def test_benchmark_config() -> None:
         ("normalization", "batch", "whitening"),
     ],
 )
-def test_a_wrong_name_lists_the_valid_ones(
-    flag: str, value: str, valid: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        ParseOnly(["train", "--model", "WTFlow", f"--model.{flag}", value, "--data", "SyntheticParts"], run=False)
-    error = capsys.readouterr().err
-    assert flag in error
-    assert value in error
-    assert valid in error
+def test_a_wrong_name_lists_the_valid_ones(name: str, value: str, valid: str) -> None:
+    arguments = ["train", "--model", "WTFlow", f"--model.overrides.{name}", value, "--data", "SyntheticParts"]
+    given = ParseOnly(arguments, run=False).config.train.model.init_args
+    with pytest.raises(ValueError, match=f"Unknown {name} '{value}': .*choose one of .*{valid}"):
+        WTFlow(overrides=given.overrides)
 
 
 @pytest.mark.slow
@@ -95,6 +106,12 @@ def test_a_wrong_name_lists_the_valid_ones(
         ("backbone", "resnt18", "error: Unknown backbone 'resnt18': did you mean resnet18"),
         ("layers", "[nope]", "error: Unknown layer 'nope' of backbone 'tf_efficientnet_lite0': choose from blocks.0"),
         ("weights", "/none.pth", "error: There is no weights file at '/none.pth'"),
+        (
+            "overrides.coupling",
+            "wrost",
+            "error: Unknown coupling 'wrost': did you mean 'worst'? choose one of",
+        ),
+        ("overrides.couplign", "worst", "error: Unknown setting 'couplign': did you mean 'coupling'?"),
         ("false_alarm_rate", "1.5", "error: false_alarm_rate is 1.5: choose a share between 0 and 1, such as 0.05."),
     ],
 )

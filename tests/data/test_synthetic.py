@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from anomalib_wtflow import SyntheticParts
-from anomalib_wtflow.data.synthetic import DEFECTS, draw_part
+from anomalib_wtflow.data.drawing import DEFECTS, draw_part
 
 
 def test_same_seed_same_part() -> None:

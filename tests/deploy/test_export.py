@@ -134,14 +134,16 @@ def test_other_choices_export(network: str, tmp_path: Path) -> None:
 
     model = WTFlow(
         layers=["blocks.2", "blocks.4"],
-        network=network,
-        width=16,
         image_size=(96, 80),
-        solver="rk4",
-        steps=2,
-        anomaly_map="relative",
-        merge="finest",
-        sigma=8.0,
+        overrides={
+            "network": network,
+            "width": 16,
+            "solver": "rk4",
+            "steps": 2,
+            "anomaly_map": "relative",
+            "merge": "finest",
+            "sigma": 8.0,
+        },
     ).eval()
     model.model.normalization.update(model.model.extract(torch.randn(4, 3, 96, 80)))
     model.model.normalization.finalize()
@@ -162,7 +164,9 @@ def test_an_untrained_model_does_not_export(tmp_path: Path) -> None:
 def test_an_adaptive_solver_does_not_export(export: str, tmp_path: Path) -> None:
     """But it runs in Python, and agrees with many fixed steps."""
     torch.manual_seed(0)
-    adaptive, fixed = (WTFlow(solver=solver, steps=64, normalization="layer_norm") for solver in ("dopri5", "rk4"))
+    adaptive, fixed = (
+        WTFlow(overrides={"solver": solver, "steps": 64, "normalization": "layer_norm"}) for solver in ("dopri5", "rk4")
+    )
     fixed.load_state_dict(adaptive.state_dict())
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():

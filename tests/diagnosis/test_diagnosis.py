@@ -15,8 +15,11 @@ from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, diagnose, diagnose_toy
 from anomalib_wtflow.cli.main import main
+from anomalib_wtflow.diagnosis.checkpoint import load_model
 from anomalib_wtflow.diagnosis.data import data_sets
-from anomalib_wtflow.diagnosis.diagnose import ScoredImage, _items, load_model, predicted_component, worst_first
+from anomalib_wtflow.diagnosis.flow_numbers import predicted_component
+from anomalib_wtflow.diagnosis.progress import Progress
+from anomalib_wtflow.diagnosis.scoring import ScoredImage, items, worst_first
 from anomalib_wtflow.flow.path import ProbabilityPath
 from conftest import quiet_engine
 
@@ -288,7 +291,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"The image '.*b.png' cannot be read: remove it or replace it by a whole file"
     ):
-        list(_items(data_sets(tmp_path).test, range(2)))
+        list(items(data_sets(tmp_path).test, range(2)))
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
@@ -304,3 +307,11 @@ def test_headless() -> None:
     """Drawing needs neither a display nor pyplot."""
     code = "import sys, anomalib_wtflow.diagnosis.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_line_for_each_stage_where_there_is_no_terminal(wanted: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(Progress(wanted)([1, 2], "Scoring", 2)) == [1, 2]
+    captured = capsys.readouterr()
+    assert captured.err == ("Scoring (2)\n" if wanted else "")
+    assert captured.out == ""

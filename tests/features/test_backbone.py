@@ -171,9 +171,3 @@ def test_names_are_checked() -> None:
         FeatureExtractor(SMALL, ["layer9"], pre_trained=False)
     with pytest.raises(ValueError, match="name each layer once, the finest first"):
         FeatureExtractor(SMALL, ["layer3", "layer2"], pre_trained=False)
-    with pytest.raises(ValueError, match="give a list of layer names"):
-        FeatureExtractor(SMALL, "layer3", pre_trained=False)
-    with pytest.raises(ValueError, match="choose an odd size"):
-        FeatureExtractor(SMALL, pre_trained=False, pool_size=2)
-    with pytest.raises(ValueError, match="Unknown merge 'fine': did you mean 'finest'"):
-        FeatureExtractor(SMALL, pre_trained=False, merge="fine")

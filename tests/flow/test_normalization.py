@@ -1,17 +1,13 @@
 """Feature normalisations against SciPy, and against their definitions."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import fractional_matrix_power
 
 from anomalib_wtflow.flow.normalization import (
-    NORMALIZATIONS,
     ChannelNormalization,
     LayerNormalization,
-    NormalizationName,
     Whitening,
     get_normalization,
 )
@@ -24,10 +20,6 @@ def features(n: int = 8) -> torch.Tensor:
 
 def rows(x: torch.Tensor) -> np.ndarray:
     return x.movedim(1, -1).flatten(0, -2).double().numpy()
-
-
-def test_names() -> None:
-    assert set(get_args(NormalizationName)) == set(NORMALIZATIONS)
 
 
 def test_layer_normalization_is_torchs() -> None:

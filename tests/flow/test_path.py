@@ -1,19 +1,14 @@
 """Probability paths against their definitions, and their derivatives against automatic differentiation."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
 
-from anomalib_wtflow.flow.path import PATHS, PathName, ProbabilityPath
+from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
 
 pytestmark = pytest.mark.method
 TIMES = torch.linspace(0, 1, 11, dtype=torch.float64)
-
-
-def test_names() -> None:
-    assert set(get_args(PathName)) == set(PATHS)
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -71,9 +66,3 @@ def test_unknown_name_lists_the_valid_ones() -> None:
         ValueError, match=r"Unknown path 'linaer': did you mean 'linear'\? choose one of linear, gaussian"
     ):
         ProbabilityPath("linaer")
-
-
-@pytest.mark.parametrize("s_min", [-0.1, 1.0])
-def test_noise_level_out_of_range(s_min: float) -> None:
-    with pytest.raises(ValueError, match=f"s_min is {s_min}"):
-        ProbabilityPath("gaussian", s_min)

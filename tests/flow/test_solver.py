@@ -1,7 +1,6 @@
 """Solvers against torchdiffeq's, and against a closed form."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS as TORCHDIFFEQ
 
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.flow.solver import ADAPTIVE_SOLVERS, SOLVERS, AdaptiveSolver, Solver, SolverName, get_solver
+from anomalib_wtflow.flow.solver import ADAPTIVE_SOLVERS, SOLVER_NAMES, SOLVERS, AdaptiveSolver, Solver, get_solver
 from anomalib_wtflow.theory.oracle import GaussianField
 
 pytestmark = pytest.mark.method
@@ -21,7 +20,7 @@ def field(x: Tensor, t: Tensor) -> Tensor:
 
 
 def test_names() -> None:
-    assert get_args(SolverName) == (*SOLVERS, *ADAPTIVE_SOLVERS)
+    assert tuple(SOLVER_NAMES) == (*SOLVERS, *ADAPTIVE_SOLVERS)
     assert set(ADAPTIVE_SOLVERS) <= set(TORCHDIFFEQ)
 
 
@@ -111,7 +110,5 @@ def test_by_name() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"Unknown solver 'heun': .*choose one of euler, midpoint, rk4"):
         Solver("heun")
-    with pytest.raises(ValueError, match="steps is 0"):
-        Solver("euler", 0)
     with pytest.raises(ValueError, match="rtol is 0 and atol 1: choose tolerances above 0"):
         AdaptiveSolver("dopri5", 0, 1)

@@ -8,9 +8,12 @@ from scipy.stats import norm
 
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.theory import toy
+from anomalib_wtflow.theory.centripetal import centripetal_components, largest_of_normals
 from anomalib_wtflow.theory.diagnostics import centripetal_component
 from anomalib_wtflow.theory.oracle import EmpiricalField
+from anomalib_wtflow.theory.singularity import lipschitz_growth
+from anomalib_wtflow.theory.trivial_field import trivial_field
+from anomalib_wtflow.theory.well import well_and_escape
 
 pytestmark = pytest.mark.method
 LINEAR = ProbabilityPath("linear")
@@ -21,7 +24,7 @@ LINEAR = ProbabilityPath("linear")
 
 @pytest.fixture(scope="module")
 def lipschitz() -> dict:
-    return toy.lipschitz_growth()
+    return lipschitz_growth()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_trivial_field_inside_the_shell_only() -> None:
 
     On the shell, where normalised features are, they do not become alike at all: the ratio stays above 1.
     """
-    result = toy.trivial_field()
+    result = trivial_field()
     assert result["inside"]["exponent"] == pytest.approx(-0.5, abs=0.05)
     assert result["inside"]["ratio"][-1] < 0.03
     assert abs(result["shell"]["exponent"]) < 0.1
@@ -83,7 +86,7 @@ def test_trivial_field_inside_the_shell_only() -> None:
 
 @pytest.fixture(scope="module")
 def components() -> dict:
-    return toy.centripetal_components()
+    return centripetal_components()
 
 
 @pytest.mark.parametrize("coupling", ["independent", "worst_of_two", "antipodal"])
@@ -108,8 +111,8 @@ def test_centripetal_component_of_the_minibatch_couplings(components: dict) -> N
 
 
 def test_largest_of_normals() -> None:
-    assert toy.largest_of_normals(2) == pytest.approx(1 / math.sqrt(math.pi))
-    assert toy.largest_of_normals(3) == pytest.approx(1.5 / math.sqrt(math.pi))
+    assert largest_of_normals(2) == pytest.approx(1 / math.sqrt(math.pi))
+    assert largest_of_normals(3) == pytest.approx(1.5 / math.sqrt(math.pi))
 
 
 @pytest.mark.parametrize("width", [0.5, 1.0])
@@ -139,7 +142,7 @@ def test_antipodal_paths_meet_at_the_centre() -> None:
 
 @pytest.fixture(scope="module")
 def escape() -> dict:
-    return toy.well_and_escape(seeds=(0,))
+    return well_and_escape(seeds=(0,))
 
 
 @pytest.mark.parametrize("data", ["arc", "subspace"])

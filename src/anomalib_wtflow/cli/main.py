@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``anomalib-wtflow diagnose …``.
+    """Run ``anomalib-wtflow diagnose …`` or ``anomalib-wtflow settings``.
 
     Args:
         arguments: Arguments of the command line; None for the process's own.
@@ -21,49 +22,74 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
+    from jsonargparse import ArgumentParser
+
+    commands = {"diagnose": _diagnosis_parser(arguments), "settings": _settings_parser()}
+    parser = ArgumentParser(prog="anomalib-wtflow", description="Tools around the anomalib model WTFlow.")
+    choices = parser.add_subcommands()
+    choices.add_subcommand("diagnose", commands["diagnose"], help="Why does a trained model separate?")
+    choices.add_subcommand("settings", commands["settings"], help="Which settings are there?")
+    given = parser.parse_args(arguments)
+    if given.subcommand == "settings":
+        from anomalib_wtflow.cli.settings_table import print_settings
+
+        print_settings(given.settings.markdown)
+        return
+    if not given.diagnose.toy and (given.diagnose.ckpt_path is None or given.diagnose.data is None):
+        commands["diagnose"].error("give --ckpt_path and --data, or --toy for the method on drawn data.")
+    try:
+        page = _diagnose(parser.instantiate_classes(given).diagnose)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(f"Wrote {page}\n")
+
+
+def _settings_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description="List every setting with its default, the paper's value, and its meaning.")
+    parser.add_argument("--markdown", action="store_true", help="As docs/settings.md has it.")
+    return parser
+
+
+def _diagnosis_parser(arguments: Sequence[str]) -> Any:
     from anomalib.data import AnomalibDataModule
     from jsonargparse import ArgumentParser
 
-    from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
+    from anomalib_wtflow import diagnose
 
-    diagnosis = ArgumentParser(
+    parser = ArgumentParser(
         description="Write a page of figures that shows why a trained model separates good from defective parts."
     )
-    diagnosis.add_argument("--toy", action="store_true", help="Show the method on drawn data; no checkpoint needed.")
-    diagnosis.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a WTFlow model.")
-    diagnosis.add_argument(
+    parser.add_argument("--toy", action="store_true", help="Show the method on drawn data; no checkpoint needed.")
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a WTFlow model.")
+    parser.add_argument(
         "--data",
         type=str if _names_a_path(arguments) else AnomalibDataModule,
         help="anomalib data module with its --data.… arguments, a YAML file with its config, a folder in MVTec's "
         "layout, or a folder of images.",
     )
-    diagnosis.add_argument("--seeds", type=int, default=3, help="With --toy: trainings of each field.")
-    diagnosis.add_function_arguments(diagnose, skip={"ckpt_path", "data", "output", "progress"})
-    diagnosis.add_argument("--output", type=str | None, default=None, help="Folder; results/diagnose[-toy] by default.")
-    parser = ArgumentParser(prog="anomalib-wtflow", description="Tools around the anomalib model WTFlow.")
-    parser.add_subcommands().add_subcommand("diagnose", diagnosis, help="Why does a trained model separate?")
+    parser.add_argument("--seeds", type=int, default=3, help="With --toy: trainings of each field.")
+    parser.add_function_arguments(diagnose, skip={"ckpt_path", "data", "output", "progress"})
+    parser.add_argument("--output", type=str | None, default=None, help="Folder; results/diagnose[-toy] by default.")
+    return parser
 
-    given = parser.parse_args(arguments)
-    if not given.diagnose.toy and (given.diagnose.ckpt_path is None or given.diagnose.data is None):
-        diagnosis.error("give --ckpt_path and --data, or --toy for the method on drawn data.")
-    try:
-        given = parser.instantiate_classes(given).diagnose
-        if given.toy:
-            page = diagnose_toy(given.output or "results/diagnose-toy", given.seeds)
-        else:
-            page = diagnose(
-                given.ckpt_path,
-                given.data,
-                given.output or "results/diagnose",
-                given.flow_images,
-                given.control_steps,
-                given.log_density,
-                given.device,
-                given.seed,
-            )
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    sys.stdout.write(f"Wrote {page}\n")
+
+def _diagnose(given: Any) -> Path:
+    from anomalib_wtflow import diagnose, diagnose_toy
+
+    if given.toy:
+        return diagnose_toy(given.output or "results/diagnose-toy", given.seeds)
+    return diagnose(
+        given.ckpt_path,
+        given.data,
+        given.output or "results/diagnose",
+        given.flow_images,
+        given.control_steps,
+        given.log_density,
+        given.device,
+        given.seed,
+    )
 
 
 def _names_a_path(arguments: Sequence[str]) -> bool:

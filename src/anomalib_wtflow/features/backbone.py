@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_wtflow.features.folding import fold_batch_norms
-from anomalib_wtflow.flow.registry import lookup
-
-MergeName = Literal["finest", "coarsest"]
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 CHUNK = 2
@@ -137,7 +134,7 @@ class FeatureExtractor(nn.Module):
         merge: Whose size (H', W') the layers are brought to: ``finest`` or ``coarsest``.
 
     Raises:
-        ValueError: If the backbone, a layer or a size is unknown, or the weights file does not fit.
+        ValueError: If the backbone or a layer is unknown, or the weights file does not fit.
         RuntimeError: If the weights cannot be fetched from the hub.
     """
 
@@ -153,13 +150,7 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
-        self.reference = lookup(MERGES, "merge", merge)
-        if pool_size < 1 or pool_size % 2 == 0 or pool_stride < 1:
-            msg = (
-                f"pool_size is {pool_size} and pool_stride {pool_stride}: choose an odd size and a stride of at "
-                f"least 1."
-            )
-            raise ValueError(msg)
+        self.reference = MERGES[merge]
         self.backbone = backbone
         self.pool_size = pool_size
         self.pool_stride = pool_stride
@@ -191,9 +182,6 @@ class FeatureExtractor(nn.Module):
         if layers is None:
             strides = info.reduction()
             return [index for index, stride in enumerate(strides) if stride in (4, 8, 16)] or [len(strides) - 1]
-        if not layers or isinstance(layers, str):
-            msg = f"layers is {layers!r}: give a list of layer names of '{self.backbone}', out of {', '.join(names)}."
-            raise ValueError(msg)
         for layer in layers:
             if layer not in names:
                 msg = f"Unknown layer '{layer}' of backbone '{self.backbone}': choose from {', '.join(names)}."

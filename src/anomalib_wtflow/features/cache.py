@@ -1,14 +1,17 @@
 """Features of the frozen backbone, kept between the epochs, so that no image passes the backbone twice (ours)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from anomalib.data import ImageBatch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from torchvision.tv_tensors import Mask
 
 DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.Identity)
 """Transforms that give the same image each time."""
@@ -25,93 +28,168 @@ def is_deterministic(transform: Any) -> bool:
     return type(transform) in DETERMINISTIC
 
 
+@dataclass(frozen=True)
+class Share:
+    """Processes of one machine that fill a store together, each a part of its own.
+
+    Attributes:
+        folder: Folder of the file that they map; None for one process alone.
+        rank: Which of them this is.
+        size: How many they are.
+    """
+
+    folder: Path | None = None
+    rank: int = 0
+    size: int = 1
+
+    def part(self, count: int) -> range:
+        """Return which of ``count`` items are this process's own."""
+        each = -(-count // self.size)
+        return range(min(count, self.rank * each), min(count, (self.rank + 1) * each))
+
+
 class FeatureStore:
-    """Features of ``count`` images: in memory up to a budget, in a memory-mapped temporary file beyond it.
+    """Rows for ``count`` images: in memory up to a budget, in a memory-mapped temporary file beyond it or if shared.
 
     Args:
         count: Number of images.
         budget: Bytes that may be held in memory.
+        share: Which of the rows this process fills, and the folder of the file that all map.
+        name: Name of the file.
+        dtype: Type of the rows.
     """
 
-    def __init__(self, count: int, budget: float) -> None:
-        self.count, self.budget = count, budget
+    def __init__(
+        self,
+        count: int,
+        budget: float,
+        share: Share | None = None,
+        name: str = "features",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.count, self.budget, self.name, self.dtype = count, budget, name, dtype
+        self.share = share or Share()
+        self.part = self.share.part(count)
         self.filled = 0
         self.folder: TemporaryDirectory | None = None
         self.rows: Tensor | None = None
 
     @property
     def features(self) -> Tensor:
-        """The features so far, ``(M, C, H, W)``."""
-        return torch.empty(0) if self.rows is None else self.rows[: self.filled]
+        """What this process has filled so far, ``(M, C, H, W)``."""
+        if self.rows is None:
+            return torch.empty(0)
+        return self.rows[self.part.start : self.part.start + self.filled]
 
     def append(self, features: Tensor) -> None:
-        """Add features ``(N, C, H, W)``, as float32.
+        """Add features ``(N, C, H, W)`` to this process's part.
 
         Raises:
             ValueError: If there is no room for them, or they are of another size than those before.
         """
         shape = (self.count, *features.shape[1:])
         if self.rows is None:
-            self.rows = self._allocate(torch.Size(shape))
-        if self.rows.shape != shape or self.filled + len(features) > self.count:
+            self.open(shape)
+        rows: Any = self.rows
+        if rows.shape != shape or self.filled + len(features) > len(self.part):
             msg = (
                 f"{len(features)} features of size {tuple(features.shape[1:])} do not fit behind {self.filled} of "
-                f"{self.count} of size {tuple(self.rows.shape[1:])}: give images of one size, as many as announced."
+                f"{len(self.part)} of size {tuple(rows.shape[1:])}: give images of one size, as many as announced."
             )
             raise ValueError(msg)
-        self.rows[self.filled : self.filled + len(features)] = features.detach()
+        start = self.part.start + self.filled
+        rows[start : start + len(features)] = features.detach()
         self.filled += len(features)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace the features by ``function`` of them, which keeps their shape, a few images at a time."""
+        """Replace this process's rows by ``function`` of them, which keeps their shape, a few images at a time."""
         for part in self.features.split(16):
             part.copy_(function(part))
 
-    def _allocate(self, shape: torch.Size) -> Tensor:
-        if 4 * shape.numel() <= self.budget:
-            return torch.empty(shape)
-        self.folder = TemporaryDirectory(prefix="wtflow-features-", ignore_cleanup_errors=True)
-        file = Path(self.folder.name) / "features.f32"
-        return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
+    def open(self, shape: Sequence[int]) -> None:
+        """Make room for rows of ``shape``, which starts with their number; shared ones are in the file of all."""
+        shape = torch.Size(shape)
+        folder = self.share.folder
+        if folder is None and shape.numel() * self.dtype.itemsize <= self.budget:
+            self.rows = torch.empty(shape, dtype=self.dtype)
+            return
+        if folder is None:
+            self.folder = TemporaryDirectory(prefix="wtflow-features-", ignore_cleanup_errors=True)
+            folder = Path(self.folder.name)
+        file = str(folder / self.name)
+        self.rows = torch.from_file(file, shared=True, size=shape.numel(), dtype=self.dtype).view(shape)
 
 
 @dataclass
-class FeatureBatch:
-    """Normalised features in the place of a batch of images, which pre-processors leave alone.
+class FeatureBatch(ImageBatch):
+    """A batch of normalised features in the place of images, with the truth about the images where that is asked for.
 
     Attributes:
         features: ``(N, C, H, W)``.
-        image: None.
-        gt_mask: None.
+        image_size: Height and width of the images, as the model saw them.
     """
 
-    features: Tensor
-    image: Tensor | None = None
-    gt_mask: Tensor | None = None
+    features: Tensor | None = None
+    image_size: tuple[int, int] | None = None
+
+    @staticmethod
+    def validate_image(image: None) -> None:  # type: ignore[override]
+        """Accept that there is no image."""
+        del image
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return 0 if self.features is None else len(self.features)
 
 
-class FeatureLoader:
-    """Batches of features, in a new random order each time.
+class FeatureDataset(Dataset):
+    """Normalised features of an anomalib data set's images; anything else that is asked of it, the data set answers.
 
     Args:
-        features: ``(M, C, H, W)``.
-        batch_size: Features a batch.
-        shuffle: Whether the order is random.
-        drop_last: Whether an incomplete last batch is left out.
+        data: The data set of images.
+        truth: Whether batches say what is known of the images: labels, masks and paths.
     """
 
-    def __init__(self, features: Tensor, batch_size: int, shuffle: bool = True, drop_last: bool = False) -> None:
-        self.features, self.batch_size = features, batch_size
-        self.shuffle, self.drop_last = shuffle, drop_last
+    def __init__(self, data: Any, truth: bool = False) -> None:
+        self.data, self.truth = data, truth
+        self.store: FeatureStore | None = None
+        self.masks: FeatureStore | None = None
+        self.image_size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """Return the number of batches."""
-        whole, rest = divmod(len(self.features), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        """Return the number of images."""
+        return len(self.data)
 
-    def __iter__(self) -> Iterator[FeatureBatch]:
-        """Yield the batches."""
-        count = len(self.features)
-        order = torch.randperm(count) if self.shuffle else torch.arange(count)
-        for indices in order.split(self.batch_size)[: len(self)]:
-            yield FeatureBatch(self.features[indices])
+    def __getattr__(self, name: str) -> Any:
+        """Ask the data set of images."""
+        if name == "data":  # while an instance is being copied or unpickled, there is none yet
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def __getitem__(self, index: int) -> FeatureBatch:
+        """Return a batch of one."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> FeatureBatch:
+        """Return a batch.
+
+        Raises:
+            RuntimeError: If no features were put in yet.
+        """
+        if self.store is None or self.store.rows is None:
+            msg = "There are no features yet: they are extracted when a training starts."
+            raise RuntimeError(msg)
+        batch = FeatureBatch(image=None, features=self.store.rows[indices], image_size=self.image_size)
+        if self.truth:
+            samples = self.data.samples.iloc[indices]
+            batch.gt_label = torch.tensor(samples["label_index"].to_numpy(dtype=int))
+            batch.image_path = samples["image_path"].tolist()
+            if self.masks is not None and self.masks.rows is not None:
+                batch.gt_mask = Mask(self.masks.rows[indices])
+        return batch
+
+    @staticmethod
+    def collate_fn(batch: FeatureBatch) -> FeatureBatch:
+        """Return what :meth:`__getitems__` gave, which is a batch already."""
+        return batch

@@ -6,17 +6,12 @@ arXiv 2508.05461's; the realisations are ours.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from anomalib_wtflow.flow.registry import lookup
-
-CouplingName = Literal[
-    "independent", "optimal", "optimal_image", "worst", "worst_image", "worst_local", "worst_of_two", "antipodal"
-]
 
 
 def _assign(inner: Tensor, maximize: bool) -> Tensor:
@@ -29,20 +24,9 @@ def _assign(inner: Tensor, maximize: bool) -> Tensor:
     return torch.stack([torch.from_numpy(column) for column in columns]).to(inner.device)
 
 
-def _permute(vectors: Tensor, index: Tensor) -> Tensor:
-    """Permute vectors ``(K, N, D)`` along N by ``(K, N)``."""
-    return vectors.gather(1, index[..., None].expand_as(vectors))
-
-
 def _by_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
     index = _assign((x0.flatten(1) @ noise.flatten(1).T)[None], maximize)
     return noise[index[0]]
-
-
-def _within_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
-    points, draws = x0.flatten(2).mT, noise.flatten(2).mT
-    coupled = _permute(draws, _assign(points @ draws.mT, maximize))
-    return coupled.mT.reshape(noise.shape)
 
 
 def independent(x0: Tensor, noise: Tensor) -> Tensor:
@@ -57,25 +41,19 @@ def optimal(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def optimal_image(x0: Tensor, noise: Tensor) -> Tensor:
-    """``argmin_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image: local optimal transport."""
-    return _within_image(x0, noise, maximize=True)
+    """``argmin_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image: local optimal transport.
+
+    The direction that optimal transport would take, for diagnosis; too slow to train with (it grows with the cube of
+    the positions), so that no model has it by name.
+    """
+    points, draws = x0.flatten(2).mT, noise.flatten(2).mT
+    index = _assign(points @ draws.mT, maximize=True)
+    return draws.gather(1, index[..., None].expand_as(draws)).mT.reshape(noise.shape)
 
 
 def worst(x0: Tensor, noise: Tensor) -> Tensor:
     """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch worst transport."""
     return _by_image(x0, noise, maximize=False)
-
-
-def worst_image(x0: Tensor, noise: Tensor) -> Tensor:
-    """``argmax_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image."""
-    return _within_image(x0, noise, maximize=False)
-
-
-def worst_local(x0: Tensor, noise: Tensor) -> Tensor:
-    """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch, at each position by itself."""
-    points, draws = (z.flatten(2).permute(2, 0, 1) for z in (x0, noise))
-    coupled = _permute(draws, _assign(points @ draws.mT, maximize=False))
-    return coupled.permute(1, 2, 0).reshape(noise.shape)
 
 
 def worst_of_two(x0: Tensor, noise: Tensor) -> Tensor:
@@ -103,15 +81,12 @@ Coupling = Callable[[Tensor, Tensor], Tensor]
 COUPLINGS: dict[str, Coupling] = {
     "independent": independent,
     "optimal": optimal,
-    "optimal_image": optimal_image,
     "worst": worst,
-    "worst_image": worst_image,
-    "worst_local": worst_local,
     "worst_of_two": worst_of_two,
     "antipodal": antipodal,
 }
 
-BATCH_COUPLINGS = frozenset({"optimal", "worst", "worst_local"})
+BATCH_COUPLINGS = frozenset({"optimal", "worst"})
 """Couplings that rearrange noise between the images of a batch, and so do nothing to a batch of one."""
 
 

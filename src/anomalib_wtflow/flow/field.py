@@ -1,16 +1,12 @@
 """Vector fields: the networks ``v_theta(x, t)`` that are trained along the paths."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_wtflow.flow.registry import lookup
-
-FieldName = Literal["pointwise", "unet"]
-FieldsName = Literal["joint", "per_layer"]
 
 
 class TimeEmbedding(nn.Module):
@@ -20,18 +16,12 @@ class TimeEmbedding(nn.Module):
 
     Args:
         width: Even number of embedding channels.
-
-    Raises:
-        ValueError: If the width is odd or below 2.
     """
 
     frequencies: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        if width < 2 or width % 2:
-            msg = f"width is {width}: the time embedding needs an even number of channels, at least 2."
-            raise ValueError(msg)
         frequencies = 1000 * 10000 ** -torch.linspace(0, 1, width // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -73,9 +63,6 @@ class PointwiseField(nn.Module):
         channels: Feature channels C.
         width: Hidden channels, even.
         depth: Number of residual blocks.
-
-    Raises:
-        ValueError: If the width is odd or below 2.
     """
 
     min_size = 1
@@ -137,9 +124,6 @@ class UNetField(nn.Module):
         channels: Feature channels C.
         width: b, even.
         depth: Residual blocks in each down and up stage.
-
-    Raises:
-        ValueError: If the width is odd or below 2.
     """
 
     min_size = 8
@@ -205,26 +189,19 @@ Field = PointwiseField | UNetField | LayerwiseField
 FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
 
 
-def get_field(name: str, channels: int | Sequence[int], width: int | None = None, depth: int | None = None) -> Field:
-    """Build a vector field by name; ``width`` and ``depth`` default to the network's own.
+def get_field(name: str, channels: Sequence[int], width: int | None = None, depth: int | None = None) -> Field:
+    """Build a vector field by name, with a network of its own for each layer of the features.
 
     Args:
         name: ``pointwise`` or ``unet``.
-        channels: Channels C; or a list of the layers' channels, for a network of its own for each.
-        width: Width of each network.
-        depth: Depth of each network.
+        channels: Channels of each layer.
+        width: Width of each network, even; None for its own default.
+        depth: Depth of each network; None for its own default.
 
     Raises:
-        ValueError: If the name is unknown, or a size is not positive.
+        ValueError: If the name is unknown.
     """
-    sizes = {key: value for key, value in (("width", width), ("depth", depth)) if value is not None}
-    for key, value in sizes.items():
-        if value < 1:
-            msg = f"{key} is {value}: the '{name}' network needs at least 1."
-            raise ValueError(msg)
     build = lookup(FIELDS, "network", name)
-    if isinstance(channels, int):
-        return build(channels, **sizes)
-    if len(channels) == 1:
-        return build(channels[0], **sizes)
-    return LayerwiseField([build(size, **sizes) for size in channels], channels)
+    sizes = {key: value for key, value in (("width", width), ("depth", depth)) if value is not None}
+    networks = [build(size, **sizes) for size in channels]
+    return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels)

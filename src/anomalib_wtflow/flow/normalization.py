@@ -1,14 +1,11 @@
 """Feature normalisations: they put the features on the scale of the noise, so that ``||x0||`` is about ``sqrt(D)``."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from anomalib_wtflow.flow.registry import lookup
-
-NormalizationName = Literal["layer_norm", "channel", "whitening"]
 
 
 class LayerNormalization(nn.Module):

@@ -5,14 +5,12 @@ Time runs from the data (t = 0) to the noise (t = 1).
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from anomalib_wtflow.flow.registry import lookup
-
-PathName = Literal["linear", "gaussian", "variance_preserving"]
 
 
 class Coefficients(NamedTuple):
@@ -74,14 +72,11 @@ class ProbabilityPath:
         s_min: Noise level at t = 0, in [0, 1); the linear path has none.
 
     Raises:
-        ValueError: If the name is unknown or ``s_min`` is outside [0, 1).
+        ValueError: If the name is unknown.
     """
 
     def __init__(self, name: str = "linear", s_min: float = 0.01) -> None:
         self._coefficients = lookup(PATHS, "path", name)
-        if not 0 <= s_min < 1:
-            msg = f"s_min is {s_min}: choose a noise level in [0, 1)."
-            raise ValueError(msg)
         self.name = name
         self.s_min = s_min
 

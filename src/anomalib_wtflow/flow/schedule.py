@@ -1,13 +1,7 @@
-"""Optimisers and learning-rate schedules by name."""
+"""Learning-rate schedules by name."""
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
-
-from torch import optim
-
-OptimizerName = Literal["adamw", "adam", "sgd"]
-SchedulerName = Literal["cosine", "step", "constant"]
 
 Schedule = Callable[[int], float]
 
@@ -22,12 +16,5 @@ def step(total: float) -> Schedule:
     return lambda step: 0.1 ** min(int(3 * step / total), 2)
 
 
-def constant(total: float) -> Schedule:
-    """1 throughout."""
-    del total
-    return lambda _: 1.0
-
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {"adamw": optim.AdamW, "adam": optim.Adam, "sgd": optim.SGD}
-SCHEDULERS: dict[str, Callable[[float], Schedule]] = {"cosine": cosine, "step": step, "constant": constant}
+SCHEDULERS: dict[str, Callable[[float], Schedule]] = {"cosine": cosine, "step": step}
 """Each takes the total number of steps K, possibly infinite, and gives the factor on the learning rate at step k."""

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from anomalib_wtflow.flow.registry import lookup
 
-SolverName = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
 VectorField = Callable[[Tensor, Tensor], Tensor]
 """``v(x, t)`` of points ``(N, ...)`` at times ``(N,)``, or ``(1,)`` for one time for all."""
 
@@ -33,6 +32,8 @@ SOLVERS: dict[str, Tableau] = {
 
 ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 """torchdiffeq's explicit solvers of adaptive step size, by torchdiffeq's names."""
+
+SOLVER_NAMES = dict.fromkeys((*SOLVERS, *ADAPTIVE_SOLVERS))
 
 
 class ODESolver(Protocol):
@@ -60,16 +61,13 @@ class Solver:
         steps: Number of equal steps K >= 1.
 
     Raises:
-        ValueError: If the name is unknown or there is no step.
+        ValueError: If the name is unknown.
     """
 
     exportable = True
 
     def __init__(self, name: str = "euler", steps: int = 1) -> None:
         self.tableau = lookup(SOLVERS, "solver", name)
-        if steps < 1:
-            msg = f"steps is {steps}: the flow takes at least 1 step."
-            raise ValueError(msg)
         self.name = name
         self.steps = steps
 
@@ -168,7 +166,7 @@ def not_exportable(name: str) -> str:
     """Say why an adaptive solver does not export, and what does."""
     return (
         f"Solver '{name}' chooses its steps from the data and does not export: "
-        f"give the model one of {', '.join(SOLVERS)}, as --model.solver."
+        f"give the model one of {', '.join(SOLVERS)}, as --model.overrides.solver."
     )
 
 
@@ -176,9 +174,7 @@ def get_solver(name: str = "euler", steps: int = 1) -> Solver | AdaptiveSolver:
     """Build a solver by name; ``steps`` has no effect on the adaptive ones.
 
     Raises:
-        ValueError: If the name is unknown or there is no step.
+        ValueError: If the name is unknown.
     """
-    if name in ADAPTIVE_SOLVERS:
-        return AdaptiveSolver(name)
-    lookup({**SOLVERS, **dict.fromkeys(ADAPTIVE_SOLVERS)}, "solver", name)
-    return Solver(name, steps)
+    lookup(SOLVER_NAMES, "solver", name)
+    return AdaptiveSolver(name) if name in ADAPTIVE_SOLVERS else Solver(name, steps)

@@ -1,0 +1,99 @@
+"""The test images, and what the model makes of them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anomalib_wtflow.diagnosis.progress import Progress
+from anomalib_wtflow.lightning_model import WTFlow
+from anomalib_wtflow.training.image_check import raise_for_unreadable
+
+
+class ScoredImage(NamedTuple):
+    """A test image and what the model made of it; maps and masks are ``(H, W)``, features ``(C, h, w)``.
+
+    ``anomalous`` and ``mask`` are the truth, None where it is not known; ``score`` and ``anomaly_map`` are raw;
+    ``called`` and ``called_mask`` are the verdict, None if the model has no threshold.
+    """
+
+    path: str
+    anomalous: bool | None
+    mask: Tensor | None
+    score: float
+    anomaly_map: Tensor
+    called: bool | None
+    called_mask: Tensor | None
+    x0: Tensor
+
+    @property
+    def kind(self) -> str:
+        """``normal``, ``anomalous`` or ``unlabelled``."""
+        return "unlabelled" if self.anomalous is None else "anomalous" if self.anomalous else "normal"
+
+
+def items(data: Any, indices: Iterable[int]) -> Iterator[Any]:
+    """Yield items of a data set; an image that cannot be read is named.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    try:
+        for index in indices:
+            yield data[index]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise_for_unreadable([data], decode=True, cause=error)
+        raise
+
+
+def transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
+    """Return an item's image and mask as the model sees them."""
+    transform = getattr(model.pre_processor, "transform", None)
+    mask = getattr(item, "gt_mask", None)
+    if transform is None:
+        return item.image, mask
+    return (transform(item.image), None) if mask is None else transform(item.image, mask)
+
+
+@torch.no_grad()
+def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredImage]:
+    """Score each image of an anomalib data set as the model does in production."""
+    for item in show(items(data, range(len(data))), "Scoring the test images", len(data)):
+        image, mask = transform(model, item)
+        features = model.model.extract(image[None].to(model.device))
+        raw: Any = model.model.predict(features, image.shape[-2:])
+        verdict: Any = raw if model.post_processor is None else model.post_processor(raw)
+        label = None if item.gt_label is None else bool(item.gt_label)
+        truth = None if mask is None else mask.squeeze().bool().cpu()
+        if label and (truth is None or not truth.any()):
+            truth = None
+        elif label is False:
+            truth = torch.zeros(raw.anomaly_map.shape[-2:], dtype=torch.bool)
+        yield ScoredImage(
+            path=str(item.image_path),
+            anomalous=label,
+            mask=truth,
+            score=raw.pred_score.item(),
+            anomaly_map=raw.anomaly_map[0, 0].cpu(),
+            called=None if verdict.pred_label is None else bool(verdict.pred_label),
+            called_mask=None if verdict.pred_mask is None else verdict.pred_mask[0, 0].bool().cpu(),
+            x0=model.model.normalization(features)[0].cpu(),
+        )
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most ``count`` items, evenly spread over all."""
+    step = max(1, len(items) / count)
+    return [items[int(k * step)] for k in range(min(count, len(items)))]
+
+
+def worst_first(images: list[ScoredImage]) -> list[ScoredImage]:
+    """False alarms (highest score first) and misses (lowest first) in turn, then the rest, highest scores first."""
+    false_alarms = sorted((i for i in images if i.anomalous is False and i.called), key=lambda i: -i.score)
+    misses = sorted((i for i in images if i.anomalous and i.called is False), key=lambda i: i.score)
+    wrong = [image for pair in zip(false_alarms, misses, strict=False) for image in pair]
+    shared = len(wrong) // 2
+    wrong += false_alarms[shared:] + misses[shared:]
+    chosen = {image.path for image in wrong}
+    return wrong + sorted((i for i in images if i.path not in chosen), key=lambda i: -i.score)

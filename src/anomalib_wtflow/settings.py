@@ -1,0 +1,326 @@
+"""Every setting: declared, documented, defaulted and checked here, and nowhere else.
+
+The names that a setting may take stand in the tables of the parts that they name (``flow.path.PATHS`` and so on), so
+this module knows the parts and none of them knows it.
+"""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from anomalib_wtflow.anomaly_map import DENSITIES, IMAGE_SCORES, MAPS
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, MERGES
+from anomalib_wtflow.flow.coupling import COUPLINGS
+from anomalib_wtflow.flow.field import FIELDS
+from anomalib_wtflow.flow.normalization import NORMALIZATIONS
+from anomalib_wtflow.flow.path import PATHS
+from anomalib_wtflow.flow.registry import lookup
+from anomalib_wtflow.flow.schedule import SCHEDULERS
+from anomalib_wtflow.flow.solver import SOLVER_NAMES
+
+_Class = TypeVar("_Class", bound=type)
+
+
+class Rule(NamedTuple):
+    """What a value must be: a test, and the words for "choose …" in the error."""
+
+    holds: Callable[[Any], bool]
+    advice: str
+    names: tuple[str, ...] = ()
+
+
+def one_of(table: Mapping[str, Any]) -> Rule:
+    """One of the names of a table."""
+    return Rule(lambda value: value in table, "", tuple(table))
+
+
+def number(what: str, interval: str) -> Rule:
+    """A number in an interval, written ``[low, high)``."""
+    low, high = (float(text) for text in interval[1:-1].split(","))
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        above = value > low or (interval[0] == "[" and value == low)
+        return above and (value < high or (interval[-1] == "]" and value == high))
+
+    return Rule(holds, f"{what} in {interval}")
+
+
+def whole(least: int, step: int = 1, what: str = "a whole number") -> Rule:
+    """A whole number: ``least``, ``least + step``, …."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least and (value - least) % step == 0
+
+    return Rule(holds, f"{what} of at least {least}")
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what a rule says."""
+    return Rule(lambda value: value is None or rule.holds(value), rule.advice, rule.names)
+
+
+def _is_size(value: Any) -> bool:
+    if value is None or whole(1).holds(value):
+        return True
+    return isinstance(value, tuple | list) and len(value) == 2 and all(whole(1).holds(side) for side in value)
+
+
+def _is_names(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+TEXT = Rule(lambda value: isinstance(value, str), "a name")
+SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
+ANYTHING = Rule(lambda _: True, "")
+SHARE = number("a share", "(0, 1)")._replace(advice="a share between 0 and 1, such as 0.05")
+
+
+def setting(default: Any, rule: Rule, meaning: str, *, scores: bool = True) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: Its default.
+        rule: What it must be.
+        meaning: What it is, in a sentence.
+        scores: Whether it changes what a trained model computes, so that a checkpoint must have the same.
+    """
+    return field(default=default, metadata={"rule": rule, "meaning": meaning, "scores": scores})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a WTFlow model, as plain values; ``get_settings`` starts from a recipe.
+
+    Each field's ``metadata`` holds its meaning and its rule; ``anomalib-wtflow settings`` prints them.
+
+    Raises:
+        ValueError: If a value is not what its setting's rule says; one sentence names it and says what to choose.
+    """
+
+    # Features
+    backbone: str = setting(
+        DEFAULT_BACKBONE, TEXT, "Name of a timm CNN; the default brings its weights along and needs no network."
+    )
+    layers: tuple[str, ...] | None = setting(
+        None,
+        Rule(_is_names, "a list of layer names, finest first"),
+        "Feature layers, finest first; null for those at strides 4, 8 and 16, or the last if there are none.",
+    )
+    pre_trained: bool = setting(True, SWITCH, "Whether the backbone gets trained weights.", scores=False)
+    weights: str | None = setting(
+        None,
+        ANYTHING,
+        "Local .safetensors or .pth file with the backbone's weights; null for the packaged ones or timm's hub.",
+        scores=False,
+    )
+    image_size: int | tuple[int, int] | None = setting(
+        None,
+        Rule(_is_size, "a side, or a height and a width, in pixels"),
+        "Side, or height and width, that images are resized to; null for the backbone's own.",
+    )
+    pool_size: int = setting(
+        3, whole(1, 2, "an odd number"), "Side of the window that the features are averaged over; 1 for none."
+    )
+    pool_stride: int = setting(1, whole(1), "Stride of that window.")
+    merge: str = setting("coarsest", one_of(MERGES), "Whose size the layers are brought to.")
+    normalization: str = setting(
+        "channel",
+        one_of(NORMALIZATIONS),
+        "What brings the features to the noise's scale; layer_norm is the paper's.",
+    )
+
+    # Flow
+    network: str = setting("pointwise", one_of(FIELDS), "Vector field, one for each layer; unet is the paper's.")
+    width: int | None = setting(
+        None, optional(whole(2, 2, "an even number")), "Its width; null for the network's own: 256, or 48 for unet."
+    )
+    depth: int | None = setting(None, optional(whole(1)), "Its depth; null for the network's own: 1, or 2 for unet.")
+    path: str = setting("variance_preserving", one_of(PATHS), "Probability path; the first two are the paper's.")
+    s_min: float = setting(0.01, number("a noise level", "[0, 1)"), "Noise level of the path at t = 0.")
+    coupling: str = setting("worst", one_of(COUPLINGS), "Which noise goes with which features.", scores=False)
+    solver: str = setting(
+        "euler",
+        one_of(SOLVER_NAMES),
+        "ODE solver; from dopri5 on torchdiffeq's, for analysis, without export.",
+    )
+    steps: int = setting(1, whole(1), "Steps of the first three solvers.")
+    start_time: float = setting(
+        0.35, number("a time", "[0, 1)"), "Time at which inference enters the flow; 0 is the paper's."
+    )
+
+    # Score
+    density: str = setting("student", one_of(DENSITIES), "Density of where the flow ends; gaussian is the paper's.")
+    anomaly_map: str = setting("absolute", one_of(MAPS), "Whether the map is relative to each image, as the authors'.")
+    sigma: float = setting(
+        4.0,
+        number("a standard deviation in pixels", "[0, inf)"),
+        "Standard deviation of the Gaussian that smooths the map, in pixels; 0 for none.",
+    )
+    image_score: str = setting(
+        "features",
+        one_of(IMAGE_SCORES),
+        "Whether the image score comes from the map (the authors') or from the features' positions.",
+    )
+    top_fraction: float = setting(
+        0.03, number("a share of the values", "(0, 1]"), "Share of the values that makes the image score."
+    )
+    contrast: float = setting(
+        0.75, number("a share", "[0, 1)"), "Share of the image's mean that the image score leaves out."
+    )
+
+    # Threshold
+    false_alarm_rate: float | None = setting(
+        0.05,
+        optional(SHARE),
+        "Share of good parts that may be called anomalous; null for anomalib's adaptive F1 threshold. The threshold is "
+        "the split-conformal quantile of normal images that the field was not trained on.",
+        scores=False,
+    )
+    calibration_ratio: float = setting(
+        0.2,
+        SHARE,
+        "Share of the training images that is held out for the threshold where the validation set cannot serve.",
+        scores=False,
+    )
+
+    # Training
+    max_epochs: int = setting(80, whole(1), "Epochs, unless the trainer is told otherwise.", scores=False)
+    learning_rate: float = setting(3e-3, number("a rate", "(0, inf)"), "Peak learning rate of AdamW.", scores=False)
+    weight_decay: float = setting(1e-2, number("a decay", "[0, inf)"), "Weight decay of AdamW.", scores=False)
+    scheduler: str = setting(
+        "cosine", one_of(SCHEDULERS), "Learning rate over the whole training; step is the paper's.", scores=False
+    )
+    feature_cache: float = setting(
+        4.0,
+        number("GiB of memory (0 for no cache)", "[0, inf)"),
+        "GiB of memory for the features of the training images, and as much for those of the validation images; beyond "
+        "it they go to a memory-mapped temporary file. 0: all images pass the backbone in every epoch.",
+        scores=False,
+    )
+    seed: int = setting(
+        0,
+        whole(0),
+        "Seed of the field's first weights, the order of the batches, times and noise, whatever else draws at random.",
+        scores=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Check each value; lists become tuples, and paths text."""
+        for name, value in vars(self).items():
+            check(name, value)
+            plain = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+            object.__setattr__(self, name, plain)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as data that JSON and ``weights_only`` know."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+PAPER = {
+    "backbone": "wide_resnet50_2",
+    "layers": ("layer3",),
+    "image_size": 256,
+    "pool_stride": 2,
+    "normalization": "layer_norm",
+    "network": "unet",
+    "width": 768,
+    "path": "linear",
+    "start_time": 0.0,
+    "density": "gaussian",
+    "anomaly_map": "relative",
+    "sigma": 0.0,
+    "image_score": "map",
+    "contrast": 0.0,
+    "max_epochs": 100,
+    "learning_rate": 1e-4,
+    "scheduler": "step",
+}
+"""The authors' recipe, as far as it is public; learning rate and coupling are not."""
+RECIPES: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+ARGUMENTS = (
+    "backbone",
+    "layers",
+    "pre_trained",
+    "weights",
+    "image_size",
+    "false_alarm_rate",
+    "max_epochs",
+    "learning_rate",
+    "feature_cache",
+    "seed",
+)
+"""Settings that are arguments of ``WTFlow``; the others are given as its ``overrides``."""
+
+
+@cache
+def declared() -> dict[str, Field]:
+    """Return the settings' declarations by name."""
+    return {each.name: each for each in fields(Settings)}
+
+
+def check(name: str, value: Any) -> None:
+    """Check the value of one setting.
+
+    Raises:
+        ValueError: If it is not what the setting's rule says.
+    """
+    rule: Rule = declared()[name].metadata["rule"]
+    if rule.holds(value):
+        return
+    if rule.names:
+        lookup(dict.fromkeys(rule.names), name.replace("_", " "), value)
+    msg = f"{name} is {value!r}: choose {rule.advice}."
+    raise ValueError(msg)
+
+
+def get_settings(recipe: str = "default", **changes: Any) -> Settings:
+    """Return the settings of a recipe, with some changed.
+
+    Args:
+        recipe: ``default``, or ``paper`` for the authors' recipe.
+        **changes: Settings by name.
+
+    Raises:
+        ValueError: If the recipe or a setting is unknown, or a value is not valid.
+    """
+    base = lookup(RECIPES, "recipe", recipe)
+    for name in changes:
+        lookup(declared(), "setting", name)
+    return Settings(**{**base, **changes})
+
+
+def option(name: str) -> str:
+    """Return the command line's option for a setting: ``--model.seed``, ``--model.overrides.coupling``."""
+    return f"--model.{name}" if name in ARGUMENTS else f"--model.overrides.{name}"
+
+
+def get_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a model's overrides, which name none of its own arguments.
+
+    Raises:
+        ValueError: If a setting among them is an argument of its own.
+    """
+    for name in overrides or {}:
+        if name in ARGUMENTS:
+            msg = f"'{name}' stands among the overrides: it is an argument of its own, so give it as {option(name)}."
+            raise ValueError(msg)
+    return dict(overrides or {})
+
+
+def documented(cls: _Class) -> _Class:
+    """Class decorator: put the meaning of each setting that a constructor takes into the docstring's ``Args``."""
+    lines = []
+    for name in signature(cls).parameters:
+        if name in declared():
+            text = f"{name}: {declared()[name].metadata['meaning']}"
+            lines.append(textwrap.fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12))
+    cls.__doc__ = (cls.__doc__ or "").replace("Args:\n", "Args:\n" + "\n".join(lines) + "\n", 1)
+    return cls

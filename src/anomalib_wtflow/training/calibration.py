@@ -1,0 +1,184 @@
+"""Which normal images the threshold comes from, and when it is set."""
+
+import math
+from typing import Any
+
+import torch
+from anomalib.data.utils import LabelName
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from anomalib_wtflow.features.cache import FeatureDataset
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.training.feature_caching import FeatureCaching
+
+NO_NORMALS = (
+    "There are no normal images for the threshold: give at least 2 normal training images, or a validation set with "
+    "normal images, or ask for anomalib's F1 threshold with false_alarm_rate=None (null in a config)."
+)
+NO_DEFECTS = (
+    "false_alarm_rate=None asks for anomalib's F1 threshold, which needs defective validation images, and there are "
+    "none: give some, or a rate such as 0.05, which needs good ones only."
+)
+SLICE_SEED = 0
+"""Of the slice of the training set, so that trainings with different seeds see the same images."""
+
+
+class Calibration(Callback):
+    """Set the post-processor's thresholds from normal images that the field is not trained on.
+
+    These are the normal images of the validation set, if none of them is also in the test set; else a seeded slice of
+    the training set. The thresholds are set before each checkpoint is written, and for the final weights.
+
+    Args:
+        post_processor: Takes the thresholds.
+        ratio: Share of the training images in the slice.
+        caching: Extracts features.
+    """
+
+    def __init__(self, post_processor: WTFlowPostProcessor, ratio: float, caching: FeatureCaching) -> None:
+        self.post_processor, self.ratio, self.caching = post_processor, ratio, caching
+        self.data: Any = None
+        self._in_validation: list[int] | None = None
+        self._x0: Tensor | None = None
+        self._image_size: Any = None
+        self._full_train_data: Any = None
+        self._calibrated_at = -1
+
+    # Choosing --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the normal images for the threshold before the training data is loaded.
+
+        Raises:
+            ValueError: If there are none; or, for anomalib's F1 threshold, no defective validation images.
+        """
+        del pl_module
+        datamodule = getattr(trainer, "datamodule", None)
+        if stage != "fit" or datamodule is None:
+            return
+        validation = getattr(datamodule, "val_data", None)
+        if self.post_processor.false_alarm_rate is None:
+            samples = getattr(validation, "samples", None)
+            if samples is not None and not (samples["label_index"] == LabelName.ABNORMAL).any():
+                raise ValueError(NO_DEFECTS)
+            return
+        self._take_normals(validation, [getattr(datamodule, name, None) for name in ("train_data", "test_data")])
+        if self.data is None:
+            self._hold_out(datamodule)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a data module, take the normal images of the validation loader that the user gave.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        del pl_module
+        if self.post_processor.false_alarm_rate is None or getattr(trainer, "datamodule", None) is not None:
+            return
+        loaders = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
+        self._take_normals(getattr(loader, "dataset", None), [getattr(trainer.train_dataloader, "dataset", None)])
+        if self.data is None:
+            raise ValueError(NO_NORMALS)
+
+    def _take_normals(self, data: Any, others: list[Any]) -> None:
+        """Take the normal images of an anomalib data set, if there are any and none of them is in another set."""
+        samples = getattr(data, "samples", None)
+        if samples is None:
+            return
+        normal = (samples["label_index"] == LabelName.NORMAL).to_numpy().nonzero()[0].tolist()
+        paths = {samples["image_path"][index] for index in normal}
+        shared = any(paths & set(other.samples["image_path"]) for other in others if hasattr(other, "samples"))
+        if normal and not shared:
+            self.data, self._in_validation = data.subsample(normal), normal
+
+    def _hold_out(self, datamodule: Any) -> None:
+        """Take a seeded slice out of the data module's training set."""
+        train_data = getattr(datamodule, "train_data", None)
+        count = max(1, round(self.ratio * len(train_data or ())))
+        if train_data is None or not hasattr(train_data, "subsample") or count >= len(train_data):
+            raise ValueError(NO_NORMALS)
+        order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(SLICE_SEED)).tolist()
+        self.data = train_data.subsample(sorted(order[:count]))
+        test_data = getattr(datamodule, "test_data", None)
+        self.data.augmentations = getattr(test_data, "augmentations", train_data.augmentations)
+        self._full_train_data = train_data
+        datamodule.train_data = train_data.subsample(sorted(order[count:]))
+
+    def _give_back(self, trainer: Trainer) -> None:
+        if self._full_train_data is not None:
+            trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
+        self._full_train_data = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the slice back to the data module, which other models may use after this one."""
+        del pl_module
+        if stage == "fit":
+            self._give_back(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the slice back."""
+        del pl_module, exception
+        self._give_back(trainer)
+
+    # Scoring ---------------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the thresholds, before the checkpoint is written; a later validation run leaves them alone."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.calibrate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the thresholds where no validation has, before a checkpoint of the epoch is written."""
+        self.calibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the thresholds for the final weights, if they are younger than the last ones, and report them."""
+        self.calibrate(trainer, pl_module)
+        if self.data is not None:
+            self._report()
+
+    def calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the thresholds for the present weights; once a step."""
+        if self.data is None or self._calibrated_at == trainer.global_step:
+            return
+        self.post_processor.calibrate(*self._score(trainer, pl_module))
+        self._calibrated_at = trainer.global_step
+
+    @torch.no_grad()
+    def _score(self, trainer: Trainer, model: Any) -> tuple[Tensor, Tensor]:
+        """Return the image scores and the largest pixels of the maps."""
+        if self._x0 is None:
+            self._x0, self._image_size = self._features(trainer, model)
+        scores, peaks = [], []
+        for x0 in self._x0.split(32):
+            outputs = model.score_features(x0, self._image_size)
+            scores.append(outputs.pred_score.float().cpu())
+            peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).float().cpu())
+        return torch.cat(scores), torch.cat(peaks)
+
+    def _features(self, trainer: Trainer, model: Any) -> tuple[Tensor, tuple[int, int]]:
+        validation: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
+        if self._in_validation is None or not isinstance(validation, FeatureDataset) or validation.store is None:
+            dataset = self.caching.extract(trainer, model, self.data, "calibration")
+            return dataset.store.rows, dataset.image_size  # type: ignore[union-attr, return-value]
+        return validation.store.rows[self._in_validation], validation.image_size  # type: ignore[index, return-value]
+
+    def _report(self) -> None:
+        """Tell the user what the threshold promises, and warn if that is less than was asked for."""
+        post = self.post_processor
+        n, asked, given = len(self.data), post.false_alarm_rate, float(post.effective_false_alarm_rate)
+        assert asked is not None
+        rank_zero_info(
+            f"Threshold {float(post.image_threshold):.4g} from {n} normal images that were not trained on: "
+            f"a good image is called anomalous with a probability of at most {given:.2%}."
+        )
+        if given > asked * (1 + 1e-6):  # the buffer is float32
+            rank_zero_warn(
+                f"false_alarm_rate={asked} needs at least {math.ceil(round(1 / asked, 9)) - 1} normal images for the "
+                f"threshold and there are {n}: the threshold guarantees {given:.4f} instead; give more good images to "
+                "have the rate that you asked for."
+            )

@@ -1,0 +1,40 @@
+"""Random numbers that depend on the model's seed and the place in the training, and on nothing else (ours).
+
+Each training step and each epoch has a generator of its own, so that a training that was killed and resumed draws what
+an uninterrupted one would have drawn, and nothing that others draw from torch's global generator matters.
+"""
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Generator
+from torch.utils.data import DistributedSampler, RandomSampler
+
+ORDER, NOISE = 0, 1
+"""What the numbers are for."""
+
+
+def generator_for(seed: int, purpose: int, place: int, rank: int = 0, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator for one purpose at one place (step or epoch) of one process's training."""
+    (state,) = np.random.SeedSequence([seed, purpose, place, rank]).generate_state(1, np.uint64)
+    return Generator(device).manual_seed(int(state >> 1))
+
+
+class SeededOrder(Callback):
+    """Order of the training batches, by seed and epoch.
+
+    Args:
+        seed: The model's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the sampler its generator; a distributed one has its own, by seed and epoch."""
+        del pl_module
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if isinstance(sampler, RandomSampler):
+            sampler.generator = generator_for(self.seed, ORDER, trainer.current_epoch)
+        elif isinstance(sampler, DistributedSampler):
+            sampler.seed = self.seed

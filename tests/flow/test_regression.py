@@ -1,0 +1,69 @@
+"""What a training step draws: positions, times and noise."""
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from anomalib_wtflow.flow.coupling import independent
+from anomalib_wtflow.flow.field import get_field
+from anomalib_wtflow.flow.path import ProbabilityPath
+from anomalib_wtflow.flow.regression import fit_field, regress, thin
+
+PATH = ProbabilityPath("linear")
+
+
+class Recorder(torch.nn.Module):
+    """A field that keeps what it is asked."""
+
+    def __init__(self, pointwise: bool = True) -> None:
+        super().__init__()
+        self.pointwise = pointwise
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.asked: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.asked.append((x, t))
+        return self.scale * x
+
+
+def test_times_and_noise() -> None:
+    field = Recorder()
+    _, velocity = regress(field, torch.zeros(4000, 1, 1, 1), PATH, independent)
+    ((x_t, times),) = field.asked
+    assert stats.kstest(times.double().numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(velocity.flatten().double().numpy(), "norm").pvalue > 1e-3
+    torch.testing.assert_close(x_t.flatten(), times * velocity.flatten())
+    assert abs(stats.spearmanr(times.numpy(), velocity.flatten().numpy()).statistic) < 5 / 4000**0.5
+
+
+def test_a_generator_draws_all() -> None:
+    """Equal seeds give equal steps; torch's own generator is neither read nor moved."""
+    x0 = torch.randn(4, 3, 6, 6)
+
+    def step(seed: int, elsewhere: int) -> list[Tensor]:
+        torch.manual_seed(elsewhere)
+        before = torch.get_rng_state()
+        generator = torch.Generator().manual_seed(seed)
+        thinned = thin(x0, generator)
+        field = Recorder()
+        drawn = [thinned, *regress(field, thinned, PATH, independent, generator), field.asked[0][1]]
+        assert torch.get_rng_state().equal(before)
+        return drawn
+
+    first, again, other = step(1, 1), step(1, 2), step(2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[1:], other[1:], strict=True))
+
+
+@pytest.mark.parametrize(("pointwise", "side"), [(True, 3), (False, 6)])
+def test_only_pointwise_fields_are_fitted_to_thinned_maps(pointwise: bool, side: int) -> None:
+    field = fit_field(Recorder(pointwise), torch.randn(5, 2, 6, 6), PATH, independent, steps=3, batch_size=4)
+    assert [x.shape for x, _ in field.asked] == [(4, 2, side, side)] * 3
+    assert not field.training
+
+
+def test_precision_is_that_of_the_data() -> None:
+    field = get_field("pointwise", [3], width=8).double()
+    prediction, velocity = regress(field, torch.randn(2, 3, 4, 4, dtype=torch.float64), PATH, independent)
+    assert prediction.dtype == velocity.dtype == torch.float64

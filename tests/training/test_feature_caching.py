@@ -1,0 +1,309 @@
+"""The feature cache: what it keeps, where, when it may be used, and that nothing opens an image once it is filled."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from anomalib.data import Batch
+from torchvision.transforms import v2
+
+from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.features.cache import FeatureBatch, FeatureDataset, FeatureStore, Share, is_deterministic
+from anomalib_wtflow.training.feature_caching import FeatureCaching
+from conftest import as_mvtec, quiet_engine
+
+
+@pytest.mark.parametrize("budget", [1e9, 0])
+def test_store_gives_back_what_it_was_given(budget: float) -> None:
+    parts = [torch.randn(n, 3, 2, 4) for n in (3, 1, 2)]
+    store = FeatureStore(7, budget)
+    for part in parts:
+        store.append(part)
+    assert torch.equal(store.features, torch.cat(parts))
+    assert (store.folder is None) == (budget > 0)
+    if store.folder is not None:
+        (file,) = Path(store.folder.name).iterdir()
+        assert file.stat().st_size == 4 * 7 * 3 * 2 * 4
+    for wrong in (torch.randn(2, 3, 2, 4), torch.randn(1, 3, 4, 4)):
+        with pytest.raises(ValueError, match="do not fit behind 6 of 7 of size"):
+            store.append(wrong)
+
+
+@pytest.mark.parametrize("budget", [1e9, 0])
+def test_store_applies_a_function_to_all_it_has(budget: float) -> None:
+    features = torch.randn(35, 3, 2, 4)
+    store = FeatureStore(40, budget)
+    store.append(features)
+    store.apply(lambda part: 2 * part)
+    assert torch.equal(store.features, 2 * features)
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 3), (2, 4), (8, 2), (1, 1)])
+def test_processes_share_a_store(count: int, size: int, tmp_path: Path) -> None:
+    """Each fills a part of its own, all see all; a process without a part opens the file by its shape."""
+    stores = [FeatureStore(count, 1e9, Share(tmp_path, rank, size)) for rank in range(size)]
+    features = torch.randn(count, 3, 2, 2)
+    assert sorted(index for store in stores for index in store.part) == list(range(count))
+    for store in stores:
+        if len(store.part):
+            store.append(features[list(store.part)])
+        else:
+            store.open(features.shape)
+    for store in stores:
+        assert torch.equal(store.rows, features)
+    for store in stores:
+        store.apply(lambda part: part + 1)
+    assert torch.equal(stores[-1].rows, features + 1)
+    assert [file.stat().st_size for file in tmp_path.iterdir()] == [4 * features.numel()]
+
+
+def test_data_set_of_features(parts: SyntheticParts) -> None:
+    """Batches with the truth of the images; everything else is answered by the images' data set."""
+    parts.setup()
+    images = parts.test_data
+    data = FeatureDataset(images, truth=True)
+    with pytest.raises(RuntimeError, match="There are no features yet"):
+        data[0]
+    data.store, data.masks = FeatureStore(len(images), 1e9), FeatureStore(len(images), 1e9, dtype=torch.bool)
+    features, masks = torch.randn(len(images), 3, 2, 2), torch.rand(len(images), 8, 8) > 0.5
+    data.store.append(features)
+    data.masks.append(masks)
+    chosen = [5, 0, 11]
+    (batch,) = torch.utils.data.DataLoader(data, sampler=chosen, batch_size=3, collate_fn=data.collate_fn)
+    items = [images[index] for index in chosen]
+    assert len(data) == len(images)
+    assert isinstance(batch, FeatureBatch)
+    assert batch.batch_size == 3
+    assert batch.image is None
+    assert torch.equal(batch.features, features[chosen])
+    assert torch.equal(batch.gt_mask, masks[chosen])
+    assert batch.gt_label.tolist() == [int(item.gt_label) for item in items]
+    assert batch.image_path == [item.image_path for item in items]
+    assert data.samples is images.samples
+    batch.update(pred_score=torch.ones(3))
+    assert batch.pred_score.tolist() == [1, 1, 1]
+
+
+def test_what_is_known_to_be_deterministic() -> None:
+    for transform in (None, v2.Resize(8), v2.Compose([v2.Resize(8), v2.Normalize([0.5], [0.5])])):
+        assert is_deterministic(transform)
+    for transform in (v2.RandomHorizontalFlip(), v2.Compose([v2.Resize(8), v2.ColorJitter(0.1)]), lambda image: image):
+        assert not is_deterministic(transform)
+
+
+SMALL = {"image_size": 64, "overrides": {"coupling": "worst_of_two"}, "false_alarm_rate": 0.3, "max_epochs": 3}
+
+
+def backbone_images(parts: SyntheticParts, root: Path, augment: bool = False, **kwargs: object) -> dict[str, int]:
+    """Train, and count the images that pass the backbone before and during the epochs, validation aside."""
+    module = as_mvtec(parts, train_augmentations=v2.RandomHorizontalFlip() if augment else None)
+    model = WTFlow(**{**SMALL, **kwargs})
+    counts = {"before": 0, "epochs": 0}
+    extract = model.model.extract
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        counts["epochs" if model.trainer.fit_loop.epoch_progress.current.started else "before"] += len(images)
+        return extract(images)
+
+    model.model.extract = counted
+    quiet_engine(root, limit_val_batches=0).fit(model, datamodule=module)
+    assert model.trainer.global_step == 3 * 2  # 13 images in batches of 8
+    assert not isinstance(module.train_data, FeatureDataset)
+    assert len(module.train_data) == 16
+    return counts
+
+
+def test_no_image_passes_the_backbone_twice(parts: SyntheticParts, tmp_path: Path) -> None:
+    """13 training images before the first epoch, 3 for the threshold at its end."""
+    for budget in (1.0, 1e-9):
+        assert backbone_images(parts, tmp_path, feature_cache=budget) == {"before": 13, "epochs": 3}
+    assert backbone_images(parts, tmp_path, feature_cache=0) == {"before": 13, "epochs": 3 * 13 + 3}
+
+
+@pytest.mark.parametrize(
+    ("budget", "normalization"), [(1.0, "channel"), (1e-9, "whitening"), (1.0, "layer_norm"), (0.0, "channel")]
+)
+def test_each_epoch_regresses_on_every_images_normalised_features(
+    parts: SyntheticParts, tmp_path: Path, budget: float, normalization: str
+) -> None:
+    module = as_mvtec(parts)
+    model = WTFlow(**{**SMALL, "feature_cache": budget, "max_epochs": 2, "overrides": {"normalization": normalization}})
+    regress = model.model.regress
+    shown: list[torch.Tensor] = []
+
+    def recorded(x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        shown.extend(x0)
+        return regress(x0, generator)
+
+    model.model.regress = recorded
+    quiet_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=module)
+    images = torch.stack([item.image for item in module.train_data])
+    expected = model.model.normalization(model.model.extract(model.pre_processor(images))).flatten(1)
+    distance, image = torch.cdist(
+        torch.stack(shown).flatten(1), expected, compute_mode="donot_use_mm_for_euclid_dist"
+    ).min(1)
+    assert distance.max() < 1e-2 < torch.pdist(expected).min()
+    first, second = image[:13].sort().values, image[13:].sort().values
+    assert torch.equal(first, second)
+    assert len(first.unique()) == 13
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(1.0, 1), (1e-9, 1), (0.0, 3)])
+def test_validation_images_pass_the_backbone_once(
+    parts: SyntheticParts, tmp_path: Path, budget: float, passes: int
+) -> None:
+    """In three epochs, with the scores, labels, masks and paths that a pass through the backbone would give."""
+    module = as_mvtec(parts)
+    model = WTFlow(**{**SMALL, "feature_cache": budget})
+    extract, step = model.model.extract, model.validation_step
+    seen: list[int] = []
+    checked: list[str] = []
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return extract(images)
+
+    def compared(batch: Batch, batch_idx: int) -> object:
+        result = step(batch, batch_idx)
+        for k, path in enumerate(batch.image_path):
+            item = next(item for item in module.test_data if item.image_path == path)
+            image, mask = model.pre_processor.transform(item.image[None], item.gt_mask[None])
+            expected = model.model.predict(extract(image), (64, 64))
+            torch.testing.assert_close(result.pred_score[k], expected.pred_score[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result.anomaly_map[k], expected.anomaly_map[0, 0], rtol=1e-4, atol=1e-5)
+            assert bool(batch.gt_label[k]) == bool(item.gt_label)
+            assert torch.equal(batch.gt_mask[k].bool(), mask[0].bool().squeeze())
+            checked.append(path)
+        return result
+
+    model.model.extract, model.validation_step = counted, compared
+    quiet_engine(tmp_path).fit(model, datamodule=module)
+    trained, held_out_for_the_threshold = 13, 3
+    assert sum(seen) - trained * (1 if budget else 4) == passes * len(module.val_data) + held_out_for_the_threshold
+    assert len(checked) == 3 * len(module.val_data)
+    assert not isinstance(module.val_data, FeatureDataset)
+
+
+@pytest.mark.parametrize("workers", [0, 8])
+def test_epochs_open_no_image_and_start_no_process(
+    parts: SyntheticParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Whatever number of workers was asked for: after the first pass all is in the cache."""
+    import multiprocessing.process
+
+    from anomalib.data import AnomalibDataset
+
+    events: list[str] = []
+    start, get = multiprocessing.process.BaseProcess.start, AnomalibDataset.__getitem__
+    monkeypatch.setattr(
+        multiprocessing.process.BaseProcess, "start", lambda self: (events.append("process"), start(self))[1]
+    )
+    monkeypatch.setattr(
+        AnomalibDataset, "__getitem__", lambda self, index: (events.append("image"), get(self, index))[1]
+    )
+    module = as_mvtec(parts, num_workers=workers)
+    model = WTFlow(**SMALL)
+    step = model.training_step
+    at_steps: list[int] = []
+
+    def counted(batch: Batch, *args: object) -> object:
+        at_steps.append(len(events))
+        return step(batch, *args)
+
+    model.training_step = counted
+    quiet_engine(tmp_path).fit(model, datamodule=module)
+    assert len(at_steps) == 6
+    after_the_first_epoch = events[at_steps[2] :]  # the held-out images are opened at its end
+    assert after_the_first_epoch == []
+    assert module.num_workers == workers
+
+
+def test_a_list_of_validation_loaders_is_not_cached(parts: SyntheticParts, tmp_path: Path) -> None:
+    module = as_mvtec(parts)
+    module.setup()
+    model = WTFlow(**{**SMALL, "max_epochs": 1, "false_alarm_rate": None})
+    quiet_engine(tmp_path).fit(
+        model, train_dataloaders=module.train_dataloader(), val_dataloaders=[module.val_dataloader()]
+    )
+    assert model.trainer.global_step == 2
+
+
+def test_a_training_that_was_cut_short_leaves_the_images(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The data module is as it was, and the next training has the features of its own images."""
+    model, module = WTFlow(**SMALL), as_mvtec(parts)
+    step = model.validation_step
+
+    def cut(batch: Batch, batch_idx: int) -> None:
+        step(batch, batch_idx)
+        raise ZeroDivisionError
+
+    model.validation_step = cut
+    with pytest.raises(ZeroDivisionError):
+        quiet_engine(tmp_path).fit(model, datamodule=module)
+    for data, count in ((module.train_data, 16), (module.val_data, 24)):
+        assert not isinstance(data, FeatureDataset)
+        assert len(data) == count
+
+    def checked(batch: Batch, batch_idx: int) -> object:
+        result = step(batch, batch_idx)
+        for k, path in enumerate(batch.image_path):
+            item = next(item for item in other.test_data if item.image_path == path)
+            expected = model.model(model.pre_processor.transform(item.image[None]))
+            torch.testing.assert_close(result.pred_score[k], expected.pred_score[0], rtol=1e-4, atol=1e-5)
+        return result
+
+    model.validation_step = checked
+    other = as_mvtec(parts)
+    other.setup()
+    other.val_data = other.val_data.subsample(list(range(8, len(other.val_data))))
+    other.setup = lambda stage=None: None  # a second one would put the first images back
+    kept = other.val_data.samples["image_path"].tolist()
+    quiet_engine(tmp_path).fit(model, datamodule=other)
+    assert other.val_data.samples["image_path"].tolist() == kept
+
+
+def test_users_collating_function_is_respected(parts: SyntheticParts, tmp_path: Path) -> None:
+    """It may change the images, so they are not replaced."""
+    module = as_mvtec(parts)
+    seen = []
+
+    def collate(items: list) -> object:
+        seen.append(len(items))
+        return type(module.train_data).collate_fn.fget(module.train_data)(items)
+
+    module.external_collate_fn = collate
+    quiet_engine(tmp_path, limit_val_batches=0).fit(WTFlow(**SMALL), datamodule=module)
+    assert sum(seen) >= 3 * 13
+
+
+def test_files_of_shared_features_are_removed(tmp_path: Path) -> None:
+    caching = FeatureCaching(1.0)
+    caching._share = Share(tmp_path / "shared", 0, 2)
+    caching._share.folder.mkdir()
+    caching.on_exception(SimpleNamespace(local_rank=0, datamodule=None), None, ValueError())
+    assert not (tmp_path / "shared").exists()
+
+
+def test_no_cache_where_images_change(parts: SyntheticParts, tmp_path: Path) -> None:
+    assert backbone_images(parts, tmp_path, augment=True)["epochs"] == 3 * 13 + 3
+
+
+def test_limit_of_the_contrast(parts: SyntheticParts, tmp_path: Path) -> None:
+    """The largest mean of the image's values among the training images, for the last weights, in the checkpoint."""
+    parts.setup()
+    model, engine = WTFlow(**SMALL), quiet_engine(tmp_path)
+    engine.fit(model, datamodule=parts)
+    torch_model, transform = model.eval().model, model.pre_processor.transform
+    means = []
+    with torch.no_grad():
+        for item in parts.train_data:
+            features = torch_model.extract(transform(item.image[None]))
+            log_density = torch_model.log_density(torch_model.flow(torch_model.normalization(features)))
+            weights = torch.tensor([24, 40, 112.0]).view(1, 3, 1, 1) / 176
+            values = torch.nn.functional.avg_pool2d(-(weights * log_density).sum(1), 3, 1, 1, count_include_pad=False)
+            means.append(values.mean())
+    limit = torch_model.anomaly_map_generator.limit
+    torch.testing.assert_close(limit, torch.stack(means).max())
+    saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]
+    assert saved["model.anomaly_map_generator.limit"] == limit
