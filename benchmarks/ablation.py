@@ -1,20 +1,19 @@
 """Ablation of WTFlow on cached features: one factor at a time, on both real sets, with the no-flow control beside each.
 
     python -m benchmarks ablation                            all factors, each around WTFlow's defaults
-    python -m benchmarks ablation FACTOR [FACTOR ...] [--base JSON] [--seeds 0 1 2]
+    python -m benchmarks ablation --factors FACTOR ... [--base JSON] [--seeds 0 1 2]
     python -m benchmarks ablation --render                   each factor's mean ranks
     python -m benchmarks ablation --quick                    bottles, the coupling, seed 0
 
-The backbone's layers are computed once a run; a field is trained on them as ``WTFlow`` does by default (AdamW,
-cosine), on the 80 % of the training images that WTFlow keeps, and scored from the start time; without one it is the
-no-flow control, which needs no training. A factor is ranked at the base's start time. Pixel metrics are taken on every
-fourth pixel in each direction of the 256 x 256 map. One JSON line a setting. docs/ablation.md has the selection rule.
+The backbone's layers are computed once a run; WTFlow is trained on them, on the 80 % of the training images that it
+keeps, and scored from the start time; without one it is the no-flow control, which needs no training. A factor is
+ranked at the base's start time. Pixel metrics are taken on every fourth pixel in each direction of the 256 x 256 map.
+One JSON line a setting. docs/ablation.md has the selection rule.
 """
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 from benchmarks.base import Line, identity, read
-from benchmarks.cached import FEATURES, METRICS, Cache, Setting, measure
-from benchmarks.common import CONSOLE, Benchmark, Job, table
+from benchmarks.cached import FEATURES, LAYERS, Cache, Point, measure, start
+from benchmarks.common import CONSOLE, METRICS, Job, table
 from benchmarks.datasets import REAL
 
 SHOWN = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
 MEASURED = ("data", "setting")
+KEY = ("factor", "base", *MEASURED)
 TIE = 0.25
 MOST_PARAMETERS, MOST_SECONDS = 5_000_000, 300
 
@@ -38,7 +38,7 @@ def vary(name: str, *values: Any) -> list[dict[str, Any]]:
 
 
 FACTORS: dict[str, list[dict[str, Any]]] = {
-    "layers": vary("strides", (16,), (8, 16), (4, 8, 16), (4, 8, 16, 32)),
+    "layers": vary("layers", LAYERS[2:3], LAYERS[1:3], LAYERS[:3], LAYERS),
     "density": vary("density", "gaussian", "student"),
     "image score": [
         *vary("contrast", 0.0, 0.25, 0.5, 0.75),
@@ -47,7 +47,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"image_score": "map", "contrast": 0.0},
         *vary("top_fraction", 0.01, 0.1),
     ],
-    "map": [*vary("smoothing", 0.0, 2.0, 4.0, 6.0, 8.0), *vary("anomaly_map", "relative")],
+    "map": [*vary("sigma", 0.0, 2.0, 4.0, 6.0, 8.0), *vary("anomaly_map", "relative")],
     "start": [*vary("start_time", 0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), *vary("steps", 2, 4)],
     "start and contrast": [
         {"start_time": time, "contrast": share} for time in (0.25, 0.3, 0.35, 0.4) for share in (0.5, 0.75)
@@ -60,10 +60,12 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "network": [{"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
-    "training": [*vary("epochs", 10, 20, 40, 80), *vary("learning_rate", 1e-3), *vary("scheduler", "step")],
-    "pool": vary("pool", 1, 3, 5),
+    "training": [*vary("max_epochs", 10, 20, 40, 80), *vary("learning_rate", 1e-3), *vary("scheduler", "step")],
+    "pool": vary("pool_size", 1, 3, 5),
     "time": vary("blocks", 1, 2),
 }
+OPTIONS = {"factors": tuple(FACTORS), "data": REAL, "seeds": (0,), "base": {}}
+QUICK = {"factors": ["coupling"], "data": ["mvtec_bottle"]}
 
 
 def varied(factor: str) -> list[str]:
@@ -71,19 +73,11 @@ def varied(factor: str) -> list[str]:
     return list(dict.fromkeys(name for change in FACTORS.get(factor, ()) for name in change))
 
 
-def start_times(factor: str, base: Setting) -> list[float | None]:
+def start_times(factor: str, base: Point) -> list[float | None]:
     """Return the start times that a factor's settings are scored from; None is the control, where it can differ."""
     names = varied(factor)
     control = any(name in FEATURES for name in names) and not {"start_time", "steps"} & set(names)
-    return [None, base.start_time] if control else [base.start_time]
-
-
-def dated(lines: list[Line]) -> list[Line]:
-    """Complete lines that were written before the network had its second shape."""
-    for line in lines:
-        for setting in (line["setting"], line["base"]):
-            setting.setdefault("network_version", 1)
-    return lines
+    return [None, base["start_time"]] if control else [base["start_time"]]
 
 
 def sets_of(lines: list[Line]) -> list[str]:
@@ -91,12 +85,12 @@ def sets_of(lines: list[Line]) -> list[str]:
     return sorted(dict.fromkeys(line["data"] for line in lines), key=lambda name: (*REAL, name).index(name))
 
 
-def label(setting: dict[str, Any], names: list[str]) -> str:
+def label(setting: Point, names: list[str]) -> str:
     """Name a setting by what differs."""
     return ", ".join(f"{name}={json.dumps(setting[name])}" for name in names)
 
 
-def of_factor(lines: list[Line], factor: str, base: dict[str, Any] | None = None) -> list[Line]:
+def of_factor(lines: list[Line], factor: str, base: Point | None = None) -> list[Line]:
     """Return a factor's lines that are ranked, with their labels.
 
     Those around a base, or the last one, and at its start time, unless the start time is what varies; and of them the
@@ -113,7 +107,7 @@ def of_factor(lines: list[Line], factor: str, base: dict[str, Any] | None = None
     whole = set(sets_of(here))
     here = [line for line, name in zip(here, tell, strict=True) if sets[name] == whole]
     values = {name: {json.dumps(line["setting"][name]) for line in here} for name in base}
-    names = [name for name in (here[0]["setting"] if here else ()) if len(values[name]) > 1 and name != "seed"]
+    names = [name for name, there in values.items() if len(there) > 1 and name != "seed"]
     return [{**line, "label": label(line["setting"], names)} for line in here]
 
 
@@ -133,11 +127,11 @@ def mean_ranks(lines: list[Line]) -> dict[str, float]:
     return dict(zip(labels, np.mean(ranks, axis=0).tolist(), strict=True)) if labels else {}
 
 
-def rankings(lines: list[Line], factors: list[str] | None = None) -> str:
+def render(lines: list[Line]) -> str:
     """Render a Markdown table a factor, best first; a setting is named by what differs within the factor."""
     text = []
     for factor in dict.fromkeys(line["factor"] for line in lines):
-        here = of_factor(lines, factor) if not factors or factor in factors else []
+        here = of_factor(lines, factor)
         sets = sets_of(here)
         columns = {"setting": "{setting}", "mean rank": "{rank:.2f}"}
         for place, data in enumerate(sets):
@@ -150,7 +144,7 @@ def rankings(lines: list[Line], factors: list[str] | None = None) -> str:
     return "\n".join(text)
 
 
-def winner(lines: list[Line], base: Setting) -> Setting:
+def winner(lines: list[Line], base: Point) -> Point:
     """Apply docs/ablation.md's rule to the lines of one factor."""
     ranks = mean_ranks(lines)
     allowed = {}
@@ -163,58 +157,34 @@ def winner(lines: list[Line], base: Setting) -> Setting:
 
     def order(name: str) -> tuple[float, ...]:
         setting, parameters = allowed[name]["setting"], allowed[name]["parameters"]
-        changes = sum(setting[k] != v for k, v in base.plain().items())
-        flow = parameters * setting["side"] ** 2 * setting["steps"] * setting["epochs"]
-        return parameters, flow, setting["smoothing"], changes
+        changes = sum(setting[k] != v for k, v in base.items())
+        flow = parameters * setting["side"] ** 2 * setting["steps"] * setting["max_epochs"]
+        return parameters, flow, setting["sigma"], changes
 
-    return Setting.of(allowed[min((name for name, rank in ranks.items() if rank < best + TIE), key=order)]["setting"])
+    return allowed[min((name for name, rank in ranks.items() if rank < best + TIE), key=order)]["setting"]
 
 
-def measure_one(cache: Cache, known: list[Line], gives: Line, setting: Setting) -> Line:
+def measure_one(cache: Cache, known: list[Line], gives: Line) -> Line:
     """Measure one setting on one data set, or take over what another factor has measured."""
     for line in known:
         if identity(line, MEASURED) == identity(gives, MEASURED):
             return {**line, **gives}
-    data = gives["data"]
-    metrics = measure(*cache.scores(data, setting), cache.images(data))
-    field, *_, seconds = cache.field(data, setting) if setting.start_time is not None else (None, 0.0)
-    parameters = sum(p.numel() for p in field.parameters()) if field else 0
-    return {**gives, "metrics": metrics, "parameters": parameters, "seconds": round(seconds, 1)}
+    result = cache.result(gives["data"], gives["setting"])
+    metrics = measure(result, cache.images(gives["data"]))
+    return {"metrics": metrics, "parameters": result.parameters, "seconds": result.seconds}
 
 
 def jobs(given: Namespace) -> Iterator[Job]:
     """Plan the settings factor by factor, and say which one the rule takes."""
-    base, cache = Setting.of(given.base), Cache()
-    for factor in given.factors or FACTORS:
+    base, cache = start(**given.base), Cache()
+    for factor in given.factors:
         for data in given.data:
             for seed in given.seeds:
                 for change in FACTORS[factor]:
                     for start_time in start_times(factor, base):
-                        setting = replace(base, **{"start_time": start_time, **change}, seed=seed)
-                        gives = {"factor": factor, "data": data, "setting": setting.plain(), "base": base.plain()}
+                        point = {**base, "start_time": start_time, **change, "seed": seed}
                         known = [] if given.again else read(given.output)
-                        yield gives, partial(measure_one, cache, known, gives, setting)
-        chosen = winner(of_factor(dated(read(given.output)), factor, base.plain()), base)
-        CONSOLE.print(f"{factor}: the rule takes {label(chosen.plain(), varied(factor))}")
-
-
-def factor(text: str) -> str:
-    """Check the name of a factor."""
-    if text not in FACTORS:
-        raise ArgumentTypeError(f"unknown factor '{text}': choose from {', '.join(FACTORS)}")
-    return text
-
-
-def arguments(parser: ArgumentParser) -> None:
-    """Add the factors."""
-    parser.add_argument("factors", nargs="*", metavar="FACTOR", type=factor, help=", ".join(FACTORS))
-
-
-BENCHMARK = Benchmark(
-    lambda lines, given: rankings(dated(lines), given.factors),
-    jobs,
-    key=("factor", "base", *MEASURED),
-    options={"data": REAL, "seeds": (0,), "base": {}},
-    arguments=arguments,
-    quick={"data": ["mvtec_bottle"], "seeds": [0], "factors": ["coupling"]},
-)
+                        gives = {"factor": factor, "data": data, "setting": point, "base": base}
+                        yield gives, partial(measure_one, cache, known, gives)
+        chosen = winner(of_factor(read(given.output), factor, base), base)
+        CONSOLE.print(f"{factor}: the rule takes {label(chosen, varied(factor))}")

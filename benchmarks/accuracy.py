@@ -23,18 +23,10 @@ from typing import Any
 from lightning import seed_everything
 
 from benchmarks.base import Line, identity, read, results
-from benchmarks.common import Benchmark, Job, Verdict, averages, machine, table
+from benchmarks.common import METRICS, Job, Verdict, averages, table
 from benchmarks.datasets import DATA, data_module, has_masks
 from benchmarks.models import ROWS, Memo, build, feature_network, quiet_engine, settings_of
 
-METRICS = {
-    "image_AUROC": "image AUROC",
-    "image_AUPR": "image AUPR",
-    "image_F1Max": "image F1",
-    "pixel_AUROC": "pixel AUROC",
-    "pixel_AUPRO": "AUPRO",
-    "pixel_F1Max": "pixel F1",
-}
 COLUMNS = {
     "model": "{model}",
     "seeds": "{seeds}",
@@ -42,6 +34,8 @@ COLUMNS = {
     "parameters": "{millions:.2f} M",
     "training": "{seconds:.0f} s",
 }
+OPTIONS = {"models": tuple(ROWS), "data": DATA, "root": None, "seeds": (0, 1, 2), "no-memo": False}
+QUICK = {"models": ["WTFlow", "Patchcore"], "data": ["mvtec_bottle"], "seeds": [0], "no_memo": True}
 GROUP = ("model", "data", "settings")
 KEY = ("seed", *GROUP)
 REPRODUCED = 0.005
@@ -62,9 +56,6 @@ def run(row: str, data: str, seed: int = 0, root: Path | None = None, memo: Memo
         fitted = time.perf_counter()
         (metrics,) = runner.test(model, datamodule=module, verbose=False)
     return {
-        "model": row,
-        "data": data,
-        "seed": seed,
         "settings": settings_of(row, data),
         "train_images": len(module.train_data),
         "test_images": len(module.test_data),
@@ -73,7 +64,6 @@ def run(row: str, data: str, seed: int = 0, root: Path | None = None, memo: Memo
         "fit_seconds": round(fitted - start, 1),
         "test_seconds": round(time.perf_counter() - fitted, 1),
         "backbone_memo": memo is not None,
-        "machine": machine(),
         "versions": {name: version(name) for name in ("anomalib", "anomalib-wtflow", "torch", "timm")},
     }
 
@@ -88,7 +78,7 @@ def jobs(given: Namespace) -> Iterator[Job]:
                 yield gives, partial(run, row, data, seed, given.root, memo)
 
 
-def tables(runs: list[Line]) -> str:
+def render(runs: list[Line]) -> str:
     """Render a Markdown table for each data set: mean ± standard deviation over the seeds."""
     text = []
     for data in dict.fromkeys(run["data"] for run in runs):
@@ -109,11 +99,11 @@ def tables(runs: list[Line]) -> str:
     return "\n".join(text)
 
 
-def compare(runs: list[Line], given: Namespace) -> list[Verdict]:
-    """Say whether a quick run reproduces the committed figures."""
+def compare(runs: list[Line]) -> list[Verdict]:
+    """Say whether runs reproduce the committed figures."""
     published = {identity(run, KEY): run["metrics"] for run in read(results("accuracy"))}
     verdicts = []
-    for run in runs if given.quick else ():
+    for run in runs:
         there = published.get(identity(run, KEY), {})
         for name, title in METRICS.items():
             if name in run["metrics"]:
@@ -123,14 +113,3 @@ def compare(runs: list[Line], given: Namespace) -> list[Verdict]:
                 text = f"{run['model']}: {title:12} {value:.4f}   published {other}"
                 verdicts.append((held, f"{text}   {'reproduced' if held else 'NOT reproduced'}"))
     return verdicts
-
-
-BENCHMARK = Benchmark(
-    lambda runs, given: "\n".join([tables(runs), *(text for _, text in compare(runs, given))]),
-    jobs,
-    key=KEY,
-    verdicts=compare,
-    options={"models": tuple(ROWS), "data": DATA, "root": None, "seeds": (0, 1, 2)},
-    arguments=lambda parser: parser.add_argument("--no-memo", action="store_true", help="pass images again and again"),
-    quick={"models": ["WTFlow", "Patchcore"], "data": ["mvtec_bottle"], "seeds": [0], "no_memo": True},
-)

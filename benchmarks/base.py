@@ -1,4 +1,4 @@
-"""Results as JSON lines that an interruption leaves readable, and processes of their own; standard library only."""
+"""Results as JSON lines, which no interruption destroys, and processes of their own; standard library only."""
 
 import json
 import os
@@ -23,15 +23,20 @@ def identity(line: Line, names: Sequence[str]) -> str:
     return json.dumps([line.get(name) for name in names], sort_keys=True)
 
 
+def parse(text: str) -> Line | None:
+    """Parse a line; None for one that was cut short."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
 def read(path: Path) -> list[Line]:
-    """Read the results; a line that an interruption cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            print(f"A line of {path} is cut short and left out.", file=sys.stderr)
-    return lines
+    """Read the results; a line that was cut short is left out."""
+    lines = [parse(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    if None in lines:
+        print(f"A line of {path} is cut short and left out.", file=sys.stderr)
+    return [line for line in lines if line is not None]
 
 
 def need(name: str, path: Path | None = None) -> list[Line]:
@@ -42,22 +47,10 @@ def need(name: str, path: Path | None = None) -> list[Line]:
     return lines
 
 
-def append(path: Path, line: Line) -> None:
-    """Append a result, on a line of its own even where the last one was cut short."""
-    cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(("\n" if cut else "") + json.dumps(line) + "\n")
-
-
 def put(path: Path, lines: Sequence[Line], names: Sequence[str]) -> None:
-    """Store results: in the place of those with the same identity, else behind the others."""
-    old = read(path)
-    whole = {identity(line, names): line for line in [*old, *lines]}
-    if len(whole) == len(old) + len(lines):
-        for line in lines:
-            append(path, line)
-        return
+    """Store results: in the place of those with the same identity, else behind the others; all of it or nothing."""
+    whole = {identity(line, names): line for line in [*read(path), *lines]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(line) + "\n" for line in whole.values()))
     part.replace(path)

@@ -1,8 +1,4 @@
-"""The models whose speed is measured, untrained, the runtimes that they are opened in, and timing in turns.
-
-A Patchcore bank of n images has the size that anomalib's default coreset, 10 %, gives it. ``backbone`` is WTFlow's own,
-folded and cut behind its last layer; ``backbone (timm)`` is the same as timm builds it, which the other models run.
-"""
+"""The models whose speed is measured, untrained, the runtimes that they are opened in, and timing in turns."""
 
 import statistics
 import time

@@ -1,14 +1,20 @@
-"""What all benchmarks share: arguments, jobs that are not repeated, promises with limits, tables, the machine."""
+"""What all benchmarks share: arguments, jobs that are not repeated, promises with limits, tables, the machine.
+
+A benchmark is a module, whose docstring is its help. ``jobs(options)`` yields pairs, the fields that tell a line apart
+(or a list of them, for several lines) and the function that measures the rest of it; ``KEY`` names all those fields, so
+that what is there is not repeated. ``render(lines)`` returns the text that the README or the docs take over, and
+``verdicts(lines)`` says which promises are kept. ``OPTIONS`` are its own, with their defaults, and ``QUICK`` what
+``--quick`` sets; ``compare(lines)`` says what that found, in place of ``verdicts``. It may lack any of them.
+"""
 
 import json
 import logging
 import platform
 import statistics
-import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,19 +26,26 @@ from rich.console import Console
 from benchmarks.base import Line, identity, need, put, read, results
 
 CONSOLE = Console(stderr=True, highlight=False, markup=False)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "data": {"nargs": "+", "help": "names, folders in MVTec's layout, or CLASS:CATEGORY"},
-    "root": {"type": Path, "help": "folder of the data sets given as CLASS:CATEGORY"},
-    "models": {"nargs": "+", "metavar": "MODEL"},
-    "seeds": {"nargs": "+", "type": int},
-    "rounds": {"type": int, "help": "in which what is compared takes turns"},
-    "base": {"type": json.loads, "help": "JSON: what differs from WTFlow's defaults"},
+HELP = {
+    "base": "JSON: what differs from WTFlow's defaults",
+    "data": "names, folders in MVTec's layout, or CLASS:CATEGORY",
+    "no-memo": "pass images through the backbone again and again",
+    "root": "folder of the data sets given as CLASS:CATEGORY",
+    "rounds": "in which what is compared takes turns",
+    "seeds": "seeds of the trainings",
+    "sides": "positions a side",
 }
-"""Options that several benchmarks have, each with its own defaults; of models, these are the choices."""
+METRICS = {
+    "image_AUROC": "image AUROC",
+    "image_AUPR": "image AUPR",
+    "image_F1Max": "image F1",
+    "pixel_AUROC": "pixel AUROC",
+    "pixel_AUPRO": "AUPRO",
+    "pixel_F1Max": "pixel F1",
+}
+"""By anomalib's name, the tables' titles; those of pixels are not there where a data set has no masks."""
 Job = tuple[Line | Sequence[Line], Callable[[], Line | Sequence[Line]]]
-"""The fields that tell the lines apart that a job gives, and what measures them."""
 Verdict = tuple[bool, str]
-"""Whether a promise is kept, and the words that say so."""
 
 
 @dataclass(frozen=True)
@@ -46,76 +59,67 @@ class Promise:
 
     def verdict(self, value: float | None) -> Verdict:
         """Say whether a value keeps the promise; None is one that was never reached."""
-        low, high = (default if limit is None else limit for limit, default in ((self.least, -1e9), (self.most, 1e9)))
-        kept = value is not None and low <= value <= high
-        limits = [f"{word} {limit:g}" for word, limit in (("at least", self.least), ("at most", self.most)) if limit]
+        limits = [(word, limit) for word, limit in (("at least", self.least), ("at most", self.most)) if limit]
+        held = [
+            value is not None and (value >= limit if word == "at least" else value <= limit) for word, limit in limits
+        ]
         shown = "never reached" if value is None else f"{value:{self.digits}}"
-        return kept, f"{self.text}: {shown} ({' and '.join(limits)}) {'kept' if kept else 'MISSED'}"
+        words = " and ".join(f"{word} {limit:g}" for word, limit in limits)
+        return all(held), f"{self.text}: {shown} ({words}) {'kept' if all(held) else 'MISSED'}"
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """What differs between benchmarks; the module's docstring is the help.
-
-    Attributes:
-        render: Returns the text that the README or the docs take over, from the lines.
-        jobs: Yields what there is to measure; None for a benchmark of others' results.
-        key: Fields that tell the lines apart: what is there already is not repeated.
-        verdicts: Says which promises are kept.
-        options: Options out of :data:`OPTIONS`, with defaults.
-        arguments: Adds options that no other benchmark has.
-        quick: What ``--quick`` sets.
-    """
-
-    render: Callable[[list[Line], Namespace], str]
-    jobs: Callable[[Namespace], Iterable[Job]] | None
-    key: Sequence[str] = ()
-    verdicts: Callable[[list[Line], Namespace], list[Verdict]] = lambda *_: []
-    options: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Callable[[ArgumentParser], Any] = lambda _: None
-    quick: Mapping[str, Any] = field(default_factory=dict)
-
-
-def parse(name: str, text: str | None, benchmark: Benchmark, arguments: Sequence[str]) -> Namespace:
+def parse(name: str, module: Any, arguments: Sequence[str]) -> Namespace:
     """Parse a benchmark's arguments; what is given wins over what ``--quick`` sets."""
     prog = f"python -m benchmarks {name}"
-    parser = ArgumentParser(prog=prog, description=text, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=prog, description=module.__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version that stores nothing")
     parser.add_argument("--render", action="store_true", help="show what was measured, and measure nothing")
     parser.add_argument("--again", action="store_true", help="measure again what is there already")
     parser.add_argument("--output", type=Path, help="where results are and go, in place of the committed ones")
-    for option, default in benchmark.options.items():
-        choices = {"choices": default, "help": ", ".join(default)} if option == "models" else {}
-        parser.add_argument(f"--{option}", default=default, **OPTIONS[option], **choices)
-    benchmark.arguments(parser)
+    for option, default in getattr(module, "OPTIONS", {}).items():
+        several, first = isinstance(default, tuple), default[0] if isinstance(default, tuple) else default
+        kind = Path if first is None else json.loads if isinstance(first, dict) else type(first)
+        more: dict[str, Any] = {"type": kind, "nargs": "+" if several else None, "help": HELP.get(option)}
+        if option not in HELP:
+            more |= {"choices": default, "metavar": option.upper(), "help": ", ".join(default)}
+        parser.add_argument(f"--{option}", default=default, **({"action": "store_true"} if first is False else more))
     if parser.parse_known_args(arguments)[0].quick:
-        parser.set_defaults(**benchmark.quick)
+        parser.set_defaults(**getattr(module, "QUICK", {}))
     return parser.parse_args(arguments)
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run a benchmark: measure what is missing, show it all, and say with the exit status if a promise is missed."""
     module = import_module(f"benchmarks.{name}")
-    benchmark: Benchmark = module.BENCHMARK
-    given = parse(name, module.__doc__, benchmark, arguments)
+    given = parse(name, module, arguments)
     logging.disable(logging.WARNING)
-    if benchmark.jobs is None:
-        print(benchmark.render([], given))
-        return 0
     with TemporaryDirectory() as folder:
         given.output = given.output or (Path(folder) / "quick.json" if given.quick else results(name))
-        for gives, measure in () if given.render else benchmark.jobs(given):
-            gives = [gives] if isinstance(gives, dict) else gives
-            known = {identity(line, benchmark.key) for line in read(given.output)}
-            if given.again or not {identity(line, benchmark.key) for line in gives} <= known:
-                CONSOLE.print(time.strftime("%H:%M:%S"), *(v for v in gives[0].values() if not isinstance(v, dict)))
-                lines = measure()
-                put(given.output, [lines] if isinstance(lines, dict) else lines, benchmark.key)
-        lines = need(name, given.output)
-        print(benchmark.render(lines, given))
-        missed = [text for kept, text in benchmark.verdicts(lines, given) if not kept]
-    print("".join(f"{text}\n" for text in missed), end="", file=sys.stderr)
-    return 0 if given.render else int(bool(missed))
+        if hasattr(module, "jobs") and not given.render:
+            measure(module.jobs(given), getattr(module, "KEY", ()), given)
+        lines = need(name, given.output) if hasattr(module, "jobs") else []
+    judge = getattr(module, "compare" if given.quick and hasattr(module, "compare") else "verdicts", lambda _: [])
+    verdicts: list[Verdict] = judge(lines)
+    text = module.render(lines) if hasattr(module, "render") else "\n".join(words for _, words in verdicts)
+    print(text)
+    for kept, words in verdicts:
+        if words not in text and (given.quick or not kept):
+            CONSOLE.print(words)
+    return int(not given.render and not all(kept for kept, _ in verdicts))
+
+
+def measure(jobs: Iterable[Job], key: Sequence[str], given: Namespace) -> None:
+    """Do the jobs whose lines are not all there, and store what each gives."""
+    for gives, job in jobs:
+        gives = [gives] if isinstance(gives, dict) else gives
+        known = {identity(line, key) for line in read(given.output)}
+        if given.again or not {identity(line, key) for line in gives} <= known:
+            CONSOLE.print(
+                time.strftime("%H:%M:%S"), *(value for value in gives[0].values() if isinstance(value, str | int))
+            )
+            lines = job()
+            lines = [{**gives[0], **lines}] if isinstance(lines, dict) else lines
+            put(given.output, [{**line, "machine": machine()} for line in lines], key)
 
 
 def track(items: Iterable[Any], description: str) -> Iterable[Any]:
@@ -154,12 +158,11 @@ def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> list
     return [title.replace("|  |", "| |"), "|---" * len(columns) + "|", *lines, ""]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Write the mean and, of several values, the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
-
-
 def averages(runs: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Write mean and deviation of each metric that the runs have."""
-    return {name: spread([run[name] for run in runs]) for name in runs[0]}
+    """Write the mean of each metric that the runs have and, of several runs, the standard deviation."""
+    result = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        result[name] = f"{statistics.mean(values):.4f}{deviation}"
+    return result

@@ -11,7 +11,6 @@ that of the seeds. One JSON line a data set.
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.base import Line
-from benchmarks.cached import Cache, Setting, measure
-from benchmarks.common import Benchmark, Job, averages, table, track
+from benchmarks.cached import Cache, Point, measure, start
+from benchmarks.common import Job, averages, table, track
 from benchmarks.datasets import REAL
 
 COUPLINGS = ("independent", "worst_of_two", "worst")
@@ -28,6 +27,9 @@ NO_FLOW = "whitened, no flow"
 SAME_FEATURES = "no flow"
 """The first control is the stronger: the Mahalanobis distance. The second has the flow's own normalisation."""
 COLUMNS = {"": "{name}", "image AUROC": "{image_AUROC}", "pixel AUROC": "{pixel_AUROC}", "AUPRO": "{pixel_AUPRO}"}
+KEY = ("data", "setting", "seeds")
+OPTIONS = {"data": (*REAL, "synthetic"), "seeds": (0, 1, 2), "base": {}}
+QUICK = {"data": ["mvtec_bottle"], "seeds": [0]}
 BINS = 1024
 DRAWS = 2000
 
@@ -72,12 +74,11 @@ def draws(label: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.vstack([np.ones(len(label)), weight])
 
 
-def variant(cache: Cache, data: str, setting: Setting) -> Measured:
+def variant(cache: Cache, data: str, point: Point) -> Measured:
     """Measure one setting."""
-    scores, pixels = cache.scores(data, setting)
-    images = cache.images(data)
-    counts = None if images.masks is None else histograms(pixels, images.masks)
-    return Measured(measure(scores, pixels, images), scores.numpy(), counts)
+    result, images = cache.result(data, point), cache.images(data)
+    counts = None if images.masks is None else histograms(result.pixels, images.masks)
+    return Measured(measure(result, images), result.scores.numpy(), counts)
 
 
 def aurocs(runs: list[Measured], label: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,24 +90,21 @@ def aurocs(runs: list[Measured], label: np.ndarray, weight: np.ndarray) -> dict[
     return result
 
 
-def contribution(cache: Cache, data: str, base: Setting, seeds: Sequence[int]) -> Line:
+def contribution(cache: Cache, data: str, base: Point, seeds: Sequence[int]) -> Line:
     """Measure all variants on one data set, and the differences between them."""
     label = cache.images(data).labels.numpy()
     weight = draws(label, np.random.default_rng(0))
-    control = replace(base, start_time=None)
-    flows = list(dict.fromkeys([*COUPLINGS, base.coupling]))
-    plan = [(NO_FLOW, replace(control, normalization="whitening")), (SAME_FEATURES, control)]
-    plan += [(name, replace(base, coupling=name, seed=seed)) for name in flows for seed in seeds]
+    control = {**base, "start_time": None}
+    flows = list(dict.fromkeys([*COUPLINGS, base["coupling"]]))
+    plan = [(NO_FLOW, {**control, "normalization": "whitening"}), (SAME_FEATURES, control)]
+    plan += [(name, {**base, "coupling": name, "seed": seed}) for name in flows for seed in seeds]
     measured: dict[str, list[Measured]] = {}
-    for name, setting in track(plan, data):
-        measured.setdefault(name, []).append(variant(cache, data, setting))
+    for name, point in track(plan, data):
+        measured.setdefault(name, []).append(variant(cache, data, point))
     values = {name: aurocs(runs, label, weight) for name, runs in measured.items()}
     pairs = [(name, NO_FLOW) for name in flows]
     pairs += [(name, "independent") for name in flows if name != "independent"]
     return {
-        "data": data,
-        "setting": base.plain(),
-        "seeds": list(seeds),
         "metrics": {name: [run.metrics for run in runs] for name, runs in measured.items()},
         "differences": [
             {"of": a, "to": b, "metric": metric, **interval(values[a][metric] - values[b][metric])}
@@ -122,9 +120,8 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"difference": round(float(values[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
 
 
-def render(lines: list[Line], given: Namespace | None = None) -> str:
+def render(lines: list[Line]) -> str:
     """Render means and spreads, and the differences with their intervals."""
-    del given
     text = []
     columns = {"difference": "{name}", **{title: COLUMNS[title] for title in ("image AUROC", "pixel AUROC")}}
     for line in lines:
@@ -140,16 +137,7 @@ def render(lines: list[Line], given: Namespace | None = None) -> str:
 
 def jobs(given: Namespace) -> Iterator[Job]:
     """Plan the data sets."""
-    base, cache = Setting.of(given.base), Cache()
+    base, cache = start(**given.base), Cache()
     for data in given.data:
-        gives = {"data": data, "setting": base.plain(), "seeds": list(given.seeds)}
+        gives = {"data": data, "setting": base, "seeds": list(given.seeds)}
         yield gives, partial(contribution, cache, data, base, given.seeds)
-
-
-BENCHMARK = Benchmark(
-    render,
-    jobs,
-    key=("data", "setting", "seeds"),
-    options={"data": (*REAL, "synthetic"), "seeds": (0, 1, 2), "base": {}},
-    quick={"data": ["mvtec_bottle"], "seeds": [0]},
-)

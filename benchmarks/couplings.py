@@ -9,9 +9,8 @@ network's, forward, backward and AdamW, on the same features. The default coupli
 """
 
 import statistics
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -23,23 +22,16 @@ from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.regression import regress
 from anomalib_wtflow.loss import WTFlowLoss
 from benchmarks.base import Line
-from benchmarks.common import Benchmark, Job, Promise, Verdict, machine, table
+from benchmarks.candidates import Variant, interleaved
+from benchmarks.common import Job, Promise, Verdict, table
 
 CHANNELS = 152
-DEFAULT = "worst"
+DEFAULT, STEP = "worst", "training step"
 COST_SIDE = 16
-SHARE = Promise(f"{DEFAULT}, largest share of a training step", most=0.10)
-
-
-def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """Median of the repeats, after a call that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+KEY = ("batch", "side")
+OPTIONS = {"sides": (8, COST_SIDE, 32, 64)}
+QUICK = {"sides": (8, COST_SIDE)}
+SHARE = Promise(f"{DEFAULT}, largest share of a {STEP}", most=0.10)
 
 
 def measure(batch: int, side: int) -> Line:
@@ -54,15 +46,11 @@ def measure(batch: int, side: int) -> Line:
         loss(*regress(field, x0, path, COUPLINGS["independent"])).backward()
         optimizer.step()
 
-    coupled = {name: coupling(x0, noise) for name, coupling in COUPLINGS.items()}
-    return {
-        "batch": batch,
-        "side": side,
-        "training_step": seconds(step),
-        "seconds": {name: seconds(partial(coupling, x0, noise)) for name, coupling in COUPLINGS.items()},
-        "cost": {name: float((x0 - eps).square().sum(1).mean() / (2 * CHANNELS)) for name, eps in coupled.items()},
-        "machine": {**machine(), "torch": torch.__version__},
-    }
+    calls = {Variant(name): partial(coupling, x0, noise) for name, coupling in COUPLINGS.items()}
+    seconds = interleaved({**calls, Variant(STEP): step}, 3)
+    costs = {each.model: (x0 - call()).square().sum(1).mean().item() / (2 * CHANNELS) for each, call in calls.items()}
+    taken = {each.model: statistics.median(times) for each, times in seconds.items()}
+    return {"cost": costs, "seconds": taken, "torch": torch.__version__}
 
 
 def jobs(given: Namespace) -> Iterator[Job]:
@@ -72,33 +60,19 @@ def jobs(given: Namespace) -> Iterator[Job]:
             yield {"batch": batch, "side": side}, partial(measure, batch, side)
 
 
-def render(lines: list[Line], given: Namespace) -> str:
+def render(lines: list[Line]) -> str:
     """Render the cost, milliseconds with the share of a training step, and what is promised."""
-    names, costs = list(lines[0]["cost"]), [line for line in lines if line["side"] == COST_SIDE]
-    columns = {f"cost, batch {line['batch']}": f"{{cost[{k}]:.3f}}" for k, line in enumerate(costs)}
-    rows: list[Line] = [{"name": name, "cost": [line["cost"][name] for line in costs]} for name in names]
-    text = table({"coupling": "{name}", **columns}, rows)
-    columns = {f"{line['batch']} x {line['side']}²": f"{{times[{k}]}}" for k, line in enumerate(lines)}
-    rows = []
-    for name in names:
-        pairs = [(line["seconds"][name], line["training_step"]) for line in lines]
-        rows.append({"name": name, "times": [f"{1e3 * own:.1f} ({own / step:.1%})" for own, step in pairs]})
-    rows.append({"name": "training step", "times": [f"{1e3 * line['training_step']:.0f}" for line in lines]})
-    text += table({"ms (share of a step)": "{name}", **columns}, rows)
-    return "\n".join([*text, *(f"- {verdict}" for _, verdict in verdicts(lines, given))])
+    columns, rows = {"coupling": "{name}"}, [{"name": name} for name in lines[0]["seconds"]]
+    for line in lines:
+        size = f"{line['batch']} x {line['side']}²"
+        columns |= {f"cost, {size}": f"{{cost {size}:.3f}}"} if line["side"] == COST_SIDE else {}
+        columns[f"ms, {size}"] = f"{{ms {size}:.1f}} ({{share {size}:.1%}})"
+        for row in rows:
+            taken, cost = line["seconds"][row["name"]], line["cost"].get(row["name"])
+            row |= {f"ms {size}": 1e3 * taken, f"share {size}": taken / line["seconds"][STEP], f"cost {size}": cost}
+    return "\n".join([*table(columns, rows), *(f"- {verdict}" for _, verdict in verdicts(lines))])
 
 
-def verdicts(lines: list[Line], given: Namespace) -> list[Verdict]:
+def verdicts(lines: list[Line]) -> list[Verdict]:
     """Say whether the default is cheap enough at all sizes."""
-    del given
-    return [SHARE.verdict(max(line["seconds"][DEFAULT] / line["training_step"] for line in lines))]
-
-
-BENCHMARK = Benchmark(
-    render,
-    jobs,
-    key=("batch", "side"),
-    verdicts=verdicts,
-    arguments=lambda parser: parser.add_argument("--sides", nargs="+", type=int, default=(8, COST_SIDE, 32, 64)),
-    quick={"sides": (8, COST_SIDE)},
-)
+    return [SHARE.verdict(max(line["seconds"][DEFAULT] / line["seconds"][STEP] for line in lines))]

@@ -13,19 +13,15 @@ from anomalib_wtflow import SyntheticParts
 from anomalib_wtflow.diagnosis.data import mvtec_layout
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-FOLDERS = {
-    "mvtec_bottle": SHARED / "mvtec_bottle" / "bottle",
-    "magnetic_tile": SHARED / "magnetic_tile",
-    "screw": SHARED / "screw",
-    "elpv_mono": SHARED / "elpv_mono",
-}
+FOLDERS = {name: SHARED / name for name in ("mvtec_bottle", "magnetic_tile", "screw", "elpv_mono")}
+FOLDERS["mvtec_bottle"] /= "bottle"
 REAL = ("mvtec_bottle", "magnetic_tile")
-"""Those with masks."""
+"""Those with masks, by which the defaults were chosen."""
 DATA = (*FOLDERS, "synthetic")
 
 
 def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> AnomalibDataModule:
-    """Build a data module whose whole test set is tested, by name, and set it up.
+    """Build a data module whose whole test set is tested, and set it up.
 
     Validation is the test set again, since anomalib 2.7 fails without one; the benchmark runs no validation.
 
@@ -38,23 +34,20 @@ def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> An
     Raises:
         FileNotFoundError: If there is no such data set.
     """
-    common = {"train_batch_size": batch_size, "num_workers": 0, "val_split_mode": "same_as_test"}
+    options: dict[str, Any] = {"train_batch_size": batch_size, "num_workers": 0, "val_split_mode": "same_as_test"}
     folder = FOLDERS.get(name, Path(name))
     if name == "synthetic":
-        module: AnomalibDataModule = SyntheticParts(**common)
+        module: AnomalibDataModule = SyntheticParts(**options)
     elif ":" in name and not folder.exists():
         kind, category = name.split(":", 1)
-        options = {"category": category, **common, **({"root": str(root)} if root else {})}
+        options |= {"category": category, **({"root": str(root)} if root else {})}
         module = get_datamodule({"class_path": f"anomalib.data.{kind}", "init_args": options})
     elif folder.is_dir():
         module = mvtec_layout(folder)
         module.train_batch_size = batch_size
     else:
-        msg = (
-            f"There is no data set '{name}': give one of {', '.join(DATA)}, a folder in MVTec's layout, or a class and "
-            "category as MVTecAD:screw."
-        )
-        raise FileNotFoundError(msg)
+        choices = f"{', '.join(DATA)}, a folder in MVTec's layout, or a class and category as MVTecAD:screw"
+        raise FileNotFoundError(f"There is no data set '{name}': give one of {choices}.")
     module.prepare_data()
     module.setup()
     return module

@@ -10,7 +10,7 @@ default, with TF32 in convolutions and without it in matrix products; f16 is ``t
 anomalib's ``Engine``, image decoding included, after an epoch that is not counted, in which CUDA loads.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -21,26 +21,27 @@ from lightning.pytorch.callbacks import LambdaCallback
 from benchmarks.accuracy import run
 from benchmarks.base import Line
 from benchmarks.candidates import BUILDERS, Variant, interleaved, on_gpu, ratio, summary
-from benchmarks.common import Benchmark, Job, machine, table, track
+from benchmarks.common import Job, machine, table, track
 from benchmarks.runtimes import draw_images
 
-GROUPS: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
-    (tuple(BUILDERS), ("eager",)),
-    (("backbone", "WTFlow", "FastFlow"), ("eager, f16",)),
-    (("backbone", "WTFlow"), ("CUDA graph", "CUDA graph, f16")),
-)
+GROUPS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "eager": (tuple(BUILDERS), ("eager",)),
+    "f16": (("backbone", "WTFlow", "FastFlow"), ("eager, f16",)),
+    "CUDA graph": (("backbone", "WTFlow"), ("CUDA graph", "CUDA graph, f16")),
+}
 """Models and runtimes that take turns. Compiling takes minutes, so that group is the last."""
 BATCHES = (1, 32)
 LARGE = ("Patchcore 3000", "WTFlow 3000")
 """Not measured at batch 32: Patchcore's distances alone would take 40 GB."""
-TRAININGS = (
-    ("WTFlow", "32-true"),
-    ("WTFlow", "16-mixed"),
-    ("WTFlow", "bf16-mixed"),
-    ("FastFlow", "32-true"),
-    ("Padim", "32-true"),
-    ("Patchcore", "32-true"),
-)
+PRECISIONS = {"WTFlow": ("32-true", "16-mixed", "bf16-mixed")}
+"""Of the trainings; of the other models, the first."""
+OPTIONS = {
+    "parts": (*GROUPS, "training"),
+    "models": ("WTFlow", "FastFlow", "Padim", "Patchcore"),
+    "data": ("mvtec_bottle",),
+    "rounds": 15,
+}
+QUICK = {"parts": ["eager", "training"], "models": ["WTFlow"], "rounds": 3}
 KEY = ("gpu", "model", "runtime", "batch", "data", "precision")
 SPEED = {
     "model": "{model}",
@@ -99,9 +100,6 @@ def train(row: str, data: str, precision: str) -> Line:
     note_peak = LambdaCallback(on_train_end=lambda *_: peak.append(torch.cuda.max_memory_allocated()))
     result = run(row, data, accelerator="gpu", precision=precision, callbacks=[note_peak])
     return {
-        "model": row,
-        "data": data,
-        "precision": precision,
         "settings": result["settings"],
         "seconds": result["fit_seconds"],
         "peak_MiB": round(peak[0] / 2**20),
@@ -115,18 +113,19 @@ def jobs(given: Namespace) -> Iterator[Job]:
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device here: run this where torch.cuda.is_available().")
     here = {"gpu": torch.cuda.get_device_name()}
-    for models, runtimes in GROUPS[: given.groups]:
+    for models, runtimes in (group for name, group in GROUPS.items() if name in given.parts):
         pairs = [(model, runtime) for model in models for runtime in runtimes]
         variants = [Variant(*pair, batch) for pair in pairs for batch in BATCHES if batch == 1 or pair[0] not in LARGE]
         yield [{**here, **variant._asdict()} for variant in variants], partial(latency, variants, given.rounds)
-    for row, precision in TRAININGS[: given.trainings]:
-        gives = {**here, "model": row, "data": given.data, "precision": precision}
-        yield gives, partial(train, row, given.data, precision)
+    for data in given.data if "training" in given.parts else ():
+        for row in given.models:
+            for precision in PRECISIONS.get(row, PRECISIONS["WTFlow"][:1]):
+                gives = {**here, "model": row, "data": data, "precision": precision}
+                yield gives, partial(train, row, data, precision)
 
 
-def render(lines: list[Line], given: Namespace | None = None) -> str:
+def render(lines: list[Line]) -> str:
     """Render, for each GPU, a table a batch size, one of the trainings, and the shares outside the backbone."""
-    del given
     parts = []
     for gpu in dict.fromkeys(line["gpu"] for line in lines):
         here = [line for line in lines if line["gpu"] == gpu]
@@ -140,20 +139,3 @@ def render(lines: list[Line], given: Namespace | None = None) -> str:
         text += [f"- outside the backbone, batch 1, {line['runtime']}: {line['share']:.1%}" for line in ours]
         parts.append("\n".join(text))
     return "\n".join(parts)
-
-
-def arguments(parser: ArgumentParser) -> None:
-    """Add the options that no other benchmark has."""
-    parser.add_argument("--data", default="mvtec_bottle", help="one data set, as for the accuracy benchmark")
-    parser.add_argument("--groups", type=int, default=len(GROUPS), help="how many of eager, f16 and CUDA graphs")
-    parser.add_argument("--trainings", type=int, default=len(TRAININGS), help="how many of the trainings")
-
-
-BENCHMARK = Benchmark(
-    render,
-    jobs,
-    key=KEY,
-    options={"rounds": 15},
-    arguments=arguments,
-    quick={"groups": 1, "trainings": 1, "rounds": 3},
-)

@@ -1,6 +1,6 @@
 """Latency of WTFlow from image to score and map, beside its backbone alone, FastFlow, Padim and Patchcore.
 
-    python -m benchmarks latency                             the tables and the promises
+    python -m benchmarks latency                             the tables, the promises and the profile
     python -m benchmarks latency --quick                     the promises, in under three minutes
     python -m benchmarks latency --parts profile             where the time goes in OpenVINO f32, by kind of operation
 
@@ -15,7 +15,7 @@ default coreset, 10 %, gives it. ``backbone`` is WTFlow's own, folded and cut be
 
 import gc
 import statistics
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,15 @@ from anomalib_wtflow.deploy.quantization import count_convolutions, tail_names
 from benchmarks import runtimes
 from benchmarks.base import Line, call, peak_MiB
 from benchmarks.candidates import BUILDERS, EXPORTS, Variant, in_torch, interleaved, load, ratio, summary, to_onnx
-from benchmarks.common import CONSOLE, Benchmark, Job, Promise, Verdict, machine, machine_of, table, track
+from benchmarks.common import CONSOLE, Job, Promise, Verdict, machine_of, table, track
 from benchmarks.runtimes import THROUGHPUT_IMAGES, draw_images
 
 LARGE = ("Patchcore 658", "Patchcore 3000", "WTFlow 3000")
 """Not measured at batch 16, which would take minutes a call; the size of the training set is compared at batch 1."""
 BATCHES = (1, 16)
+KEY = ("model", "runtime", "batch", "promise", "profile")
+OPTIONS = {"rounds": 30, "parts": ("tables", "promises", "profile")}
+QUICK = {"parts": ["promises"]}
 OPENVINO = "OpenVINO f32"
 PROMISES: dict[Promise, tuple[Variant, Variant]] = {
     Promise("WTFlow of 3000 images / of 100, torch", 0.97, 1.03): (Variant("WTFlow 3000"), Variant("WTFlow")),
@@ -105,7 +108,7 @@ def measure_grid(variants: list[Variant], rounds: int) -> list[Line]:
     for variant, taken in seconds.items():
         line = summary(variant, taken, THROUGHPUT_IMAGES if "throughput" in variant.runtime else variant.batch, 3)
         line["to_backbone"] = round(ratio(seconds, variant, variant._replace(model="backbone")), 3)
-        lines.append({**line, **(own[variant[:2]] if variant.batch == 1 else {}), "machine": machine()})
+        lines.append({**line, **(own[variant[:2]] if variant.batch == 1 else {})})
     return lines
 
 
@@ -128,7 +131,7 @@ def measure_promises(rounds: int) -> list[Line]:
             own = {side: calls[side] for side in pair}
             seconds = interleaved(own, rounds, lambda side: side in states and module.load_state_dict(states[side]))
             value = round(ratio(seconds, *pair), 3)
-            lines.append({"promise": promise.text, "ratio": value, "rounds": rounds, "machine": machine()})
+            lines.append({"promise": promise.text, "ratio": value, "rounds": rounds})
     return lines
 
 
@@ -153,7 +156,7 @@ def measure_profile(rounds: int) -> Line:
         # OpenVINO names what it has changed after the operation that was there, with a suffix.
         part = f"tail: {kind}" if name in tail or name.split("/")[0] in tail else "backbone and what OpenVINO added"
         totals[part] = totals.get(part, 0) + statistics.median(values)
-    return {"profile": OPENVINO, "ms": totals, "machine": machine()}
+    return {"ms": totals}
 
 
 def jobs(given: Namespace) -> Iterator[Job]:
@@ -166,14 +169,13 @@ def jobs(given: Namespace) -> Iterator[Job]:
         yield {"profile": OPENVINO}, partial(measure_profile, given.rounds)
 
 
-def verdicts(lines: list[Line], given: Namespace | None = None) -> list[Verdict]:
+def verdicts(lines: list[Line]) -> list[Verdict]:
     """Say which promises are kept, of those that were measured."""
-    del given
     ratios = {line["promise"]: line["ratio"] for line in lines if "promise" in line}
     return [promise.verdict(ratios[promise.text]) for promise in PROMISES if promise.text in ratios]
 
 
-def render(lines: list[Line], given: Namespace | None = None) -> str:
+def render(lines: list[Line]) -> str:
     """Render a Markdown table a batch size, one of the profile, and the promises."""
     text = [machine_of(lines), ""]
     for batch in dict.fromkeys(line["batch"] for line in lines if "batch" in line):
@@ -183,21 +185,4 @@ def render(lines: list[Line], given: Namespace | None = None) -> str:
             parts = sorted(line["ms"].items(), key=lambda part: -part[1])
             rows = [{"part": part, "ms": ms} for part, ms in parts if ms >= 0.005]
             text += table({"operations": "{part}", "ms": "{ms:.3f}"}, rows)
-    return "\n".join([*text, *(f"- {verdict}" for _, verdict in verdicts(lines, given))])
-
-
-def arguments(parser: ArgumentParser) -> None:
-    """Add the parts."""
-    parts = ("tables", "promises", "profile")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:2], help=", ".join(parts), metavar="PART")
-
-
-BENCHMARK = Benchmark(
-    render,
-    jobs,
-    key=("model", "runtime", "batch", "promise", "profile"),
-    verdicts=verdicts,
-    options={"rounds": 30},
-    arguments=arguments,
-    quick={"parts": ["promises"]},
-)
+    return "\n".join([*text, *(f"- {verdict}" for _, verdict in verdicts(lines))])

@@ -1,7 +1,8 @@
 """The models of the benchmarks: WTFlow, anomalib's models and two controls, on the same features of the same images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import timm
@@ -26,7 +27,7 @@ SCORES = (("pred_score", "gt_label", "image_"), ("anomaly_map", "gt_mask", "pixe
 
 
 def evaluator(own_threshold: bool, masks: bool = True) -> Evaluator:
-    """Metrics of a model: areas, and F1 at the best threshold; at its own one where it has one; of pixels, if marked."""
+    """Metrics of a model: areas, and F1 at the best threshold; at its own one where it has one; pixels'."""
     image, pixel = ({"fields": [of, truth], "prefix": prefix} for of, truth, prefix in SCORES)
     metrics: list[Any] = [metric(**image) for metric in (AUROC, AUPR, F1Max)]
     if masks:
@@ -171,7 +172,7 @@ class Row(NamedTuple):
     """A model: what builds it, with which settings and batch size, and whether its result depends on a seed."""
 
     build: Callable[..., AnomalibModule]
-    settings: dict[str, Any] = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
     batch_size: int = 32
     seeded: bool = True
 

@@ -1,12 +1,10 @@
 """The plots of the README and docs/ablation.md, drawn anew from the results of the other benchmarks.
 
-    python -m benchmarks plots [--output FOLDER]
+    python -m benchmarks plots
 
 Mean ranks of the ablation's factors and the start time, the latency of one image, AUROC against seconds of training.
 """
 
-from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -16,10 +14,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.ablation import dated, mean_ranks, of_factor
+from benchmarks.ablation import mean_ranks, of_factor
 from benchmarks.base import ROOT, Line, need
-from benchmarks.cached import METRICS
-from benchmarks.common import Benchmark
+from benchmarks.common import METRICS
 from benchmarks.datasets import REAL
 
 FOLDER = ROOT / "docs" / "images"
@@ -62,14 +59,14 @@ def plot_ranks(lines: list[Line]) -> Figure:
 
 def control_of(lines: list[Line], one: Line) -> dict[str, float]:
     """Return the best of whitened features without a flow, on the layers of a line, by metric."""
-    same = ("strides", "side", "pool", "standardise")
+    same = ("strides", "side", "pool", "standardise", "layers", "pool_size")
     whitened = [
         line["metrics"]
         for line in lines
         if line["data"] == one["data"]
         and line["setting"]["start_time"] is None
         and line["setting"]["normalization"] == "whitening"
-        and all(line["setting"][name] == one["setting"][name] for name in same)
+        and all(line["setting"].get(name) == one["setting"].get(name) for name in same)
     ]
     return {metric: max(values[metric] for values in whitened) for metric in SHOWN} if whitened else {}
 
@@ -145,21 +142,10 @@ def plot_training(lines: list[Line]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, without the upper and the right border of its panels, and close it."""
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def draw(lines: list[Line], given: Namespace) -> str:
+def render(lines: list[Line]) -> str:
     """Draw all, and say where they are."""
     del lines
-    folder: Path = given.output or FOLDER
-    ablation = dated(need("ablation"))
+    ablation = need("ablation")
     figures = {
         "ablation/ranks.png": plot_ranks(ablation),
         "ablation/start_time.png": plot_start_times(ablation),
@@ -167,8 +153,8 @@ def draw(lines: list[Line], given: Namespace) -> str:
         "speed/training.png": plot_training(need("training")),
     }
     for name, figure in figures.items():
-        save(figure, folder / name)
-    return "\n".join(str(folder / name) for name in figures)
-
-
-BENCHMARK = Benchmark(draw, jobs=None)
+        for axis in figure.axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        figure.savefig(FOLDER / name, dpi=100)
+    return "\n".join(str(FOLDER / name) for name in figures)

@@ -24,13 +24,16 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_wtflow import WTFlow
 from benchmarks.base import Line
-from benchmarks.common import Benchmark, Job, Promise, Verdict, machine, table, track
+from benchmarks.common import Job, Promise, Verdict, table, track
 from benchmarks.datasets import REAL, data_module, every_fourth_pixel, has_masks
 from benchmarks.models import build, quiet_engine
 
 HINTS = {"f32": "f32", "FP16 weights": "f32", "bf16": "bf16", "INT8": "f32", "INT8, all": "f32"}
 """Which precision the operations that are not quantised run in."""
 COMPRESSIONS = {"FP16 weights": CompressionType.FP16, "INT8": CompressionType.INT8_PTQ}
+KEY = ("data",)
+OPTIONS = {"data": REAL}
+QUICK = {"data": ["mvtec_bottle"]}
 LIMITS = {"bf16": 0.002, "INT8": 0.005}
 """Largest loss of AUROC to f32 that is wanted."""
 METRICS = ("image_AUROC", "pixel_AUROC")
@@ -89,14 +92,12 @@ def evaluate(data: str) -> Line:
                 pixels[name].append(anomaly_map[2::4, 2::4].ravel().copy())
             masks.append(every_fourth_pixel(item, anomaly_map.shape).flatten())
             labels.append(bool(item.gt_label))
-    line = {"data": data, "images": len(labels), "sizes_MiB": sizes, "image_AUROC": auroc(labels, scores)}
-    line |= {"pixel_AUROC": auroc(torch.cat(masks).numpy(), pixels)} if has_masks(module) else {}
-    return {**line, "machine": machine()}
+    line = {"images": len(labels), "sizes_MiB": sizes, "image_AUROC": auroc(labels, scores)}
+    return line | ({"pixel_AUROC": auroc(torch.cat(masks).numpy(), pixels)} if has_masks(module) else {})
 
 
-def render(lines: list[Line], given: Namespace | None = None) -> str:
+def render(lines: list[Line]) -> str:
     """Render a Markdown table, losses to f32 in brackets."""
-    del given
     text = []
     for line in lines:
         rows = []
@@ -110,9 +111,8 @@ def render(lines: list[Line], given: Namespace | None = None) -> str:
     return "\n".join(text)
 
 
-def verdicts(lines: list[Line], given: Namespace | None = None) -> list[Verdict]:
+def verdicts(lines: list[Line]) -> list[Verdict]:
     """Say which limits are kept."""
-    del given
     found = []
     for line in lines:
         for name, limit in LIMITS.items():
@@ -127,8 +127,3 @@ def jobs(given: Namespace) -> Iterator[Job]:
     """Plan the data sets."""
     for data in given.data:
         yield {"data": data}, partial(evaluate, data)
-
-
-BENCHMARK = Benchmark(
-    render, jobs, key=("data",), verdicts=verdicts, options={"data": REAL}, quick={"data": ["mvtec_bottle"]}
-)

@@ -12,10 +12,14 @@ status is 1 if a limit is missed.
 import statistics
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 
 from benchmarks.base import Line, last_json
-from benchmarks.common import Benchmark, Verdict, machine, track
+from benchmarks.common import Job, Verdict, track
 
+OPTIONS = {"rounds": 10}
+QUICK = {"rounds": 2}
 IMPORT_MS, HELP_SHARE = 5.0, 0.01
 """Largest cost of the import in milliseconds, and largest share that ``anomalib -h`` is slowed by."""
 
@@ -65,13 +69,11 @@ def measure(rounds: int) -> Line:
         "help_share": round(middle, 5),
         "help_quartiles": [round(low, 5), round(high, 5)],
         "rounds": rounds,
-        "machine": machine(),
     }
 
 
-def verdicts(lines: list[Line], given: Namespace | None = None) -> list[Verdict]:
+def verdicts(lines: list[Line]) -> list[Verdict]:
     """Say what is kept."""
-    del given
     line = lines[-1]
     (low, high), share = line["help_quartiles"], line["help_share"]
     texts = [
@@ -83,10 +85,6 @@ def verdicts(lines: list[Line], given: Namespace | None = None) -> list[Verdict]
     return [(ok, f"{text}: {'kept' if ok else 'MISSED'}") for ok, text in zip(kept, texts, strict=True)]
 
 
-BENCHMARK = Benchmark(
-    lambda lines, given: "\n".join(text for _, text in verdicts(lines, given)),
-    lambda given: [({}, lambda: measure(given.rounds))],
-    verdicts=verdicts,
-    options={"rounds": 10},
-    quick={"rounds": 2},
-)
+def jobs(given: Namespace) -> Iterator[Job]:
+    """Plan the only job."""
+    yield {}, partial(measure, given.rounds)

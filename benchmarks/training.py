@@ -31,12 +31,15 @@ from lightning.pytorch import Callback
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.base import Line, call, last_json, peak_MiB
-from benchmarks.common import Benchmark, Job, Promise, Verdict, machine, machine_of, table
+from benchmarks.common import Job, Promise, Verdict, machine_of, table
 from benchmarks.datasets import FOLDERS, REAL, data_module
 from benchmarks.models import ROWS, Memo, build, feature_network, quiet_engine, settings_of
 
 NO_CACHE, COMMAND = "WTFlow, no cache", "WTFlow, command"
 MODELS = ("WTFlow", NO_CACHE, COMMAND, "FastFlow", "Padim", "Patchcore")
+KEY = ("model", "data")
+OPTIONS = {"data": REAL, "models": MODELS}
+QUICK = {"data": ["mvtec_bottle"], "models": ["WTFlow", NO_CACHE, "Padim"]}
 COMMAND_DATA = ("mvtec_bottle",)
 """Data sets that the command knows by a class and a category."""
 TEST_EVERY = {"WTFlow": 2, "FastFlow": 1}
@@ -145,8 +148,6 @@ def train(name: str, data: str, test: bool) -> Line:
         seconds = time.perf_counter() - clock.start - clock.stopped
     epochs = [b - a for a, b in zip(clock.seconds, clock.seconds[1:], strict=False)]
     return {
-        "model": name,
-        "data": data,
         "settings": {**settings_of(row, data), **extra},
         "seconds": round(seconds, 2),
         "before_first_epoch": round(clock.begun, 2),
@@ -154,7 +155,6 @@ def train(name: str, data: str, test: bool) -> Line:
         "epochs": len(clock.seconds),
         "peak_MiB": clock.peak_MiB or peak_MiB(),
         "curve": clock.curve,
-        "machine": machine(),
     }
 
 
@@ -167,8 +167,7 @@ def train_by_command(data: str, *more: str) -> Line:
         start = time.perf_counter()
         line = last_json(command, Path(results))
         seconds = time.perf_counter() - start
-    own = {"settings": {}, "seconds": round(seconds, 2), "curve": [], **line}
-    return {"model": COMMAND, "data": data, **own, "machine": machine()}
+    return {"settings": {}, "seconds": round(seconds, 2), "curve": [], **line}
 
 
 def measure(name: str, data: str, curve: bool) -> Line:
@@ -194,59 +193,40 @@ def reached(curve: list[list[float]], auroc: float) -> float | None:
     return next((seconds for _, seconds, value in curve if value >= auroc), None)
 
 
-def best(here: dict[str, Line]) -> float | None:
+def aim_of(lines: list[Line]) -> float | None:
     """Return FastFlow's best AUROC."""
-    return max((value for _, _, value in here.get("FastFlow", {}).get("curve", ())), default=None)
+    curves = [line["curve"] for line in lines if line["model"] == "FastFlow"]
+    return max((value for curve in curves for _, _, value in curve), default=None)
 
 
-def by_model(lines: list[Line]) -> dict[str, dict[str, Line]]:
-    """Sort the lines by data set and model."""
-    sets = dict.fromkeys(line["data"] for line in lines)
-    return {data: {line["model"]: line for line in lines if line["data"] == data} for data in sets}
-
-
-def render(lines: list[Line], given: Namespace | None = None) -> str:
+def render(lines: list[Line]) -> str:
     """Render the tables and the promises."""
-    del given
     text = [machine_of(lines), ""]
-    for data, here in by_model(lines).items():
-        aim, rows = best(here), []
-        for line in here.values():
+    for data in dict.fromkeys(line["data"] for line in lines):
+        here = [line for line in lines if line["data"] == data]
+        aim, rows = aim_of(here), []
+        for line in here:
             until = reached(line["curve"], aim) if aim and line["curve"] else None
             cell = "never" if until is None else f"{until:.1f} s ({aim:.4f})"
             after = f" ({line['after_imports']:.0f} s)" if "after_imports" in line else ""
             training = f"{line['seconds']:.0f} s{after}"
             rows.append({**line, "training": training, "until": cell if aim and line["curve"] else ""})
-        text += [f"**{data}**", "", *table(COLUMNS, rows), *(f"- {verdict}" for _, verdict in promises(here)), ""]
+        text += [f"**{data}**", "", *table(COLUMNS, rows), *(f"- {verdict}" for _, verdict in verdicts(here)), ""]
     return "\n".join(text)
 
 
-def promises(here: dict[str, Line]) -> list[Verdict]:
-    """Say what is kept of what was promised, for one data set."""
-    aim, kept = best(here), []
-    if {"WTFlow", "FastFlow"} <= set(here):
-        ours, theirs = (reached(here[name]["curve"], aim) if aim else None for name in ("WTFlow", "FastFlow"))
-        kept.append(SOONER.verdict(theirs / ours if ours and theirs else None))
-    if {"WTFlow", "Patchcore"} <= set(here):
-        kept.append(SMALLER.verdict(here["WTFlow"]["peak_MiB"] / here["Patchcore"]["peak_MiB"]))
-    if {"WTFlow", NO_CACHE} <= set(here):
-        cached, whole = here["WTFlow"]["epoch_seconds"], here[NO_CACHE]["epoch_seconds"]
-        kept.append(CACHED.verdict(cached / (whole - cached)))
-    return kept
-
-
-def verdicts(lines: list[Line], given: Namespace | None = None) -> list[Verdict]:
-    """Say what is kept, for all data sets."""
-    del given
-    sets = by_model(lines).items()
-    return [(kept, f"{data}: {text}") for data, here in sets for kept, text in promises(here)]
-
-
-BENCHMARK = Benchmark(
-    render,
-    jobs,
-    key=("model", "data"),
-    verdicts=verdicts,
-    options={"data": REAL, "models": MODELS},
-    quick={"data": ["mvtec_bottle"], "models": ["WTFlow", NO_CACHE, "Padim"]},
-)
+def verdicts(lines: list[Line]) -> list[Verdict]:
+    """Say what is kept of what was promised, for each data set."""
+    found = []
+    for data in dict.fromkeys(line["data"] for line in lines):
+        here = {line["model"]: line for line in lines if line["data"] == data}
+        aim = aim_of(list(here.values()))
+        if {"WTFlow", "FastFlow"} <= set(here):
+            ours, theirs = (reached(here[name]["curve"], aim) if aim else None for name in ("WTFlow", "FastFlow"))
+            found.append(SOONER.verdict(theirs / ours if ours and theirs else None))
+        if {"WTFlow", "Patchcore"} <= set(here):
+            found.append(SMALLER.verdict(here["WTFlow"]["peak_MiB"] / here["Patchcore"]["peak_MiB"]))
+        if {"WTFlow", NO_CACHE} <= set(here):
+            cached, whole = here["WTFlow"]["epoch_seconds"], here[NO_CACHE]["epoch_seconds"]
+            found.append(CACHED.verdict(cached / (whole - cached)))
+    return found
