@@ -1,35 +1,45 @@
 """What the flow adds to whitened features, and what each coupling adds to independent coupling, with 95 % intervals.
 
-Usage: python benchmarks/contribution.py [--base JSON] [--data mvtec_bottle magnetic_tile synthetic] [--cache FOLDER]
+    python -m benchmarks contribution [--base JSON] [--data mvtec_bottle magnetic_tile synthetic]
+    python -m benchmarks contribution --quick                bottles, seed 0
 
-Fields are trained as in ablation.py with seeds 0, 1, 2 and scored at the base's start time. Each difference is the mean
-over the seeds; its 95 % interval comes from drawing the test images anew 2000 times, normal and anomalous ones each
-among themselves, the same draw for all seeds and both sides. AUPRO has no interval of this kind: its spread is that of
-the seeds. One JSON line a data set; ``--render`` prints the table.
+Fields are trained as in the ablation with seeds 0, 1, 2 and scored at the base's start time. Each difference is the
+mean over the seeds; its 95 % interval comes from drawing the test images anew 2000 times, normal and anomalous ones
+each among themselves, the same draw for all seeds and both sides. AUPRO has no interval of this kind: its spread is
+that of the seeds. One JSON line a data set.
 """
 
-import argparse
-import json
-import sys
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from ablation import START, Ablation, Images, Setting, end_points, features, jsonable, measure, normalise, score
-from lines import append, read
 from torch import Tensor
 
-from anomalib_wtflow.lightning_model import LIMIT_IMAGES
+from benchmarks.base import Line
+from benchmarks.cached import Cache, Point, measure, start
+from benchmarks.common import Job, averages, table, track
+from benchmarks.datasets import REAL
 
-RESULTS = Path(__file__).parent / "results" / "contribution.json"
-DATA = ("mvtec_bottle", "magnetic_tile", "synthetic")
 COUPLINGS = ("independent", "worst_of_two", "worst")
 NO_FLOW = "whitened, no flow"
 SAME_FEATURES = "no flow"
 """The first control is the stronger: the Mahalanobis distance. The second has the flow's own normalisation."""
+COLUMNS = {"": "{name}", "image AUROC": "{image_AUROC}", "pixel AUROC": "{pixel_AUROC}", "AUPRO": "{pixel_AUPRO}"}
+KEY = ("data", "setting", "seeds")
+OPTIONS = {"data": (*REAL, "synthetic"), "seeds": (0, 1, 2), "base": {}}
+QUICK = {"data": ["mvtec_bottle"], "seeds": [0]}
 BINS = 1024
 DRAWS = 2000
+
+
+class Measured(NamedTuple):
+    """What one setting gives: metrics, image scores, and each image's counts of pixels, if there are masks."""
+
+    metrics: dict[str, float]
+    scores: np.ndarray
+    counts: np.ndarray | None
 
 
 def image_auroc(score: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -50,14 +60,9 @@ def pixel_auroc(histograms: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def histograms(pixels: Tensor, masks: Tensor) -> np.ndarray:
     """Count each image's normal and anomalous pixels in bins that hold equally many pixels overall."""
     edges = np.quantile(pixels.numpy(), np.linspace(0, 1, BINS + 1)[1:-1])
-    bins = np.digitize(pixels.flatten(1).numpy(), edges)
-    mask = masks.flatten(1).numpy()
-    return np.stack(
-        [
-            [np.bincount(row[m == side], minlength=BINS) for side in (False, True)]
-            for row, m in zip(bins, mask, strict=True)
-        ]
-    ).astype(float)
+    images = zip(np.digitize(pixels.flatten(1).numpy(), edges), masks.flatten(1).numpy(), strict=True)
+    counts = [[np.bincount(bins[mask == side], minlength=BINS) for side in (False, True)] for bins, mask in images]
+    return np.stack(counts).astype(float)
 
 
 def draws(label: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -69,53 +74,42 @@ def draws(label: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.vstack([np.ones(len(label)), weight])
 
 
-def variant(ablation: Ablation, data: str, setting: Setting) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Measure one setting: its metrics, image scores and pixel counts."""
-    images: Images = ablation.images(data)
-    if setting.start_time is None:
-        x, y = normalise(features(images.train, setting), features(images.test, setting), setting)
-        ends = [y, x[:: len(x) // LIMIT_IMAGES + 1]]
-    else:
-        field, *both, _ = ablation.field(data, setting)
-        ends = [end_points(field, x, setting, setting.start_time) for x in both]
-    scores, pixels = score(*ends, setting)
-    return measure(*ends, images, setting), scores.numpy(), histograms(pixels, images.masks)
+def variant(cache: Cache, data: str, point: Point) -> Measured:
+    """Measure one setting."""
+    result, images = cache.result(data, point), cache.images(data)
+    counts = None if images.masks is None else histograms(result.pixels, images.masks)
+    return Measured(measure(result, images), result.scores.numpy(), counts)
 
 
-def contribution(ablation: Ablation, data: str, base: Setting, seeds: list[int]) -> dict[str, Any]:
+def aurocs(runs: list[Measured], label: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the AUROCs, averaged over the seeds, for each draw of the images."""
+    result = {"image_AUROC": np.mean([image_auroc(run.scores, label, weight) for run in runs], axis=0)}
+    counts = [run.counts for run in runs if run.counts is not None]
+    if counts:
+        result["pixel_AUROC"] = np.mean([pixel_auroc(each, weight) for each in counts], axis=0)
+    return result
+
+
+def contribution(cache: Cache, data: str, base: Point, seeds: Sequence[int]) -> Line:
     """Measure all variants on one data set, and the differences between them."""
-    label = ablation.images(data).labels.numpy()
+    label = cache.images(data).labels.numpy()
     weight = draws(label, np.random.default_rng(0))
-    control = replace(base, start_time=None)
-    measured: dict[str, list[tuple[dict[str, float], np.ndarray, np.ndarray]]] = {
-        NO_FLOW: [variant(ablation, data, replace(control, normalization="whitening"))],
-        SAME_FEATURES: [variant(ablation, data, control)],
-    }
-    for coupling in dict.fromkeys([*COUPLINGS, base.coupling]):
-        measured[coupling] = []
-        for seed in seeds:
-            setting = replace(base, coupling=coupling, seed=seed)
-            measured[coupling].append(variant(ablation, data, setting))
-            print(f"{data}: {coupling}, seed {seed}", file=sys.stderr, flush=True)
-    curves = {
-        name: {
-            "image_AUROC": np.mean([image_auroc(score, label, weight) for _, score, _ in runs], axis=0),
-            "pixel_AUROC": np.mean([pixel_auroc(counts, weight) for _, _, counts in runs], axis=0),
-        }
-        for name, runs in measured.items()
-    }
-    flows = [name for name in measured if name not in (NO_FLOW, SAME_FEATURES)]
+    control = {**base, "start_time": None}
+    flows = list(dict.fromkeys([*COUPLINGS, base["coupling"]]))
+    plan = [(NO_FLOW, {**control, "normalization": "whitening"}), (SAME_FEATURES, control)]
+    plan += [(name, {**base, "coupling": name, "seed": seed}) for name in flows for seed in seeds]
+    measured: dict[str, list[Measured]] = {}
+    for name, point in track(plan, data):
+        measured.setdefault(name, []).append(variant(cache, data, point))
+    values = {name: aurocs(runs, label, weight) for name, runs in measured.items()}
     pairs = [(name, NO_FLOW) for name in flows]
     pairs += [(name, "independent") for name in flows if name != "independent"]
     return {
-        "data": data,
-        "setting": jsonable(base),
-        "seeds": seeds,
-        "metrics": {name: [metrics for metrics, _, _ in runs] for name, runs in measured.items()},
+        "metrics": {name: [run.metrics for run in runs] for name, runs in measured.items()},
         "differences": [
-            {"of": a, "to": b, "metric": metric, **interval(curves[a][metric] - curves[b][metric])}
+            {"of": a, "to": b, "metric": metric, **interval(values[a][metric] - values[b][metric])}
             for a, b in pairs
-            for metric in ("image_AUROC", "pixel_AUROC")
+            for metric in values[a]
         ],
     }
 
@@ -126,47 +120,24 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"difference": round(float(values[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def render(lines: list[Line]) -> str:
     """Render means and spreads, and the differences with their intervals."""
     text = []
+    columns = {"difference": "{name}", **{title: COLUMNS[title] for title in ("image AUROC", "pixel AUROC")}}
     for line in lines:
-        text += [f"**{line['data']}**", "", "| | image AUROC | pixel AUROC | AUPRO |", "|---|---|---|---|"]
-        for name, runs in line["metrics"].items():
-            cells = []
-            for metric in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
-                values = [run[metric] for run in runs]
-                spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.4f}{spread}")
-            text.append(f"| {name} | {' | '.join(cells)} |")
-        text += ["", "| difference | image AUROC | pixel AUROC |", "|---|---|---|"]
-        for a, b in dict.fromkeys((d["of"], d["to"]) for d in line["differences"]):
-            ours = [d for d in line["differences"] if (d["of"], d["to"]) == (a, b)]
-            cells = [f"{d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" for d in ours]
-            text.append(f"| {a} less {b} | {' | '.join(cells)} |")
-        text.append("")
+        rows = [{"name": name, **averages(runs)} for name, runs in line["metrics"].items()]
+        differences: dict[str, dict[str, str]] = {}
+        for d in line["differences"]:
+            name = f"{d['of']} less {d['to']}"
+            value = f"{d['difference']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
+            differences.setdefault(name, {"name": name})[d["metric"]] = value
+        text += [f"**{line['data']}**", "", *table(COLUMNS, rows), *table(columns, differences.values())]
     return "\n".join(text)
 
 
-def main() -> int:
-    """Measure what is missing, and render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=list(DATA))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--base", type=json.loads, default={}, help="JSON: what differs from the start of the search")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the backbone's maps from run to run")
-    parser.add_argument("--render", action="store_true")
-    given = parser.parse_args()
-    if not given.render:
-        base = replace(START, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.base.items()})
-        ablation = Ablation(given.output, given.cache)
-        done = {json.dumps([line["data"], line["setting"], line["seeds"]]) for line in read(given.output)}
-        for data in given.data:
-            if json.dumps([data, jsonable(base), given.seeds]) not in done:
-                append(given.output, contribution(ablation, data, base, given.seeds))
-    print(table(read(given.output)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def jobs(given: Namespace) -> Iterator[Job]:
+    """Plan the data sets."""
+    base, cache = start(**given.base), Cache()
+    for data in given.data:
+        gives = {"data": data, "setting": base, "seeds": list(given.seeds)}
+        yield gives, partial(contribution, cache, data, base, given.seeds)

@@ -1,66 +1,65 @@
 """WTFlow on a GPU beside its backbone alone, FastFlow, Padim and Patchcore; and its training in three precisions.
 
-Usage:
-    python benchmarks/gpu.py [--data mvtec_bottle]     latency, throughput and trainings, what is missing; JSON
-    python benchmarks/gpu.py --render                  the tables of the README, from the JSON
+    python -m benchmarks gpu [--data mvtec_bottle]           latency, throughput and trainings
+    python -m benchmarks gpu --quick                         without compiling, few rounds, one training
 
 Latency: 256 x 256 images on the GPU, from pre-processing to score and map, until the GPU is done. The variants take
-turns as in ``latency.py``, with the same models. ``CUDA graph`` is ``torch.compile(mode="reduce-overhead")``. The share
-outside the backbone is one less the median of the ratios of the backbone to the model. float32 is torch's default,
-with TF32 in convolutions and without it in matrix products; f16 is ``torch.autocast``. Training: through anomalib's
-``Engine`` as in ``training.py``, image decoding included, after an epoch that is not counted, in which CUDA loads.
+turns as in the latency benchmark, with the same models. ``CUDA graph`` is ``torch.compile(mode="reduce-overhead")``.
+The share outside the backbone is one less the median of the ratios of the backbone to the model. float32 is torch's
+default, with TF32 in convolutions and without it in matrix products; f16 is ``torch.autocast``. Training: through
+anomalib's ``Engine``, image decoding included, after an epoch that is not counted, in which CUDA loads.
 """
 
-import argparse
-import logging
-import statistics
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
-from accuracy import machine, run
-from latency import BUILDERS, Variant, interleaved, ratio
 from lightning.pytorch.callbacks import LambdaCallback
-from lines import append, need, read
-from rich.progress import track
-from runtimes import draw_images
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
-GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (tuple(BUILDERS), ("eager",)),
-    (("backbone", "WTFlow", "FastFlow"), ("eager, f16",)),
-    (("backbone", "WTFlow"), ("CUDA graph", "CUDA graph, f16")),
-)
+from benchmarks.accuracy import run
+from benchmarks.base import Line
+from benchmarks.candidates import BUILDERS, Variant, interleaved, on_gpu, ratio, summary
+from benchmarks.common import Job, machine, table, track
+from benchmarks.runtimes import draw_images
+
+GROUPS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "eager": (tuple(BUILDERS), ("eager",)),
+    "f16": (("backbone", "WTFlow", "FastFlow"), ("eager, f16",)),
+    "CUDA graph": (("backbone", "WTFlow"), ("CUDA graph", "CUDA graph, f16")),
+}
 """Models and runtimes that take turns. Compiling takes minutes, so that group is the last."""
 BATCHES = (1, 32)
 LARGE = ("Patchcore 3000", "WTFlow 3000")
 """Not measured at batch 32: Patchcore's distances alone would take 40 GB."""
-TRAININGS: tuple[tuple[str, str], ...] = (
-    ("WTFlow", "32-true"),
-    ("WTFlow", "16-mixed"),
-    ("WTFlow", "bf16-mixed"),
-    ("FastFlow", "32-true"),
-    ("Padim", "32-true"),
-    ("Patchcore", "32-true"),
-)
-
-
-def load(name: str, runtime: str) -> Callable[[torch.Tensor], None]:
-    """Put a model on the GPU; return a call that ends when the GPU is done."""
-    network = BUILDERS[name]().cuda()
-    if runtime.startswith("CUDA graph"):
-        network = torch.compile(network, mode="reduce-overhead", dynamic=False, fullgraph=True)
-
-    def call(images: torch.Tensor) -> None:
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=runtime.endswith("f16")):
-            network(images)
-        torch.cuda.synchronize()
-
-    return call
+PRECISIONS = {"WTFlow": ("32-true", "16-mixed", "bf16-mixed")}
+"""Of the trainings; of the other models, the first."""
+OPTIONS = {
+    "parts": (*GROUPS, "training"),
+    "models": ("WTFlow", "FastFlow", "Padim", "Patchcore"),
+    "data": ("mvtec_bottle",),
+    "rounds": 15,
+}
+QUICK = {"parts": ["eager", "training"], "models": ["WTFlow"], "rounds": 3}
+KEY = ("gpu", "model", "runtime", "batch", "data", "precision")
+SPEED = {
+    "model": "{model}",
+    "runtime": "{runtime}",
+    "ms an image (quartiles)": "{ms_an_image:.3f} ({quartiles_ms[0]:.3f} to {quartiles_ms[1]:.3f})",
+    "images a second": "{images:.0f}",
+    "outside the backbone": "{share:.0%}",
+}
+TRAINING = {
+    "data": "{data}",
+    "model": "{model}",
+    "precision": "{precision}",
+    "training": "{seconds:.1f} s",
+    "GPU memory": "{peak_MiB} MiB",
+    "image AUROC": "{metrics[image_AUROC]:.4f}",
+    "pixel AUROC": "{metrics[pixel_AUROC]:.4f}",
+    "AUPRO": "{metrics[pixel_AUPRO]:.4f}",
+}
 
 
 def hardware() -> dict[str, Any]:
@@ -68,45 +67,39 @@ def hardware() -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **machine()}
 
 
-def key(line: dict[str, Any]) -> tuple[Any, ...]:
-    """Say what a line of the JSON measured, and where."""
-    return tuple(line.get(name) for name in ("gpu", "model", "runtime", "batch", "data", "precision"))
-
-
-def latency(models: Sequence[str], runtimes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Measure latency and throughput of models that take turns; return a JSON line for each variant."""
-    pairs = [(name, runtime) for name in models for runtime in runtimes]
+def latency(variants: Sequence[Variant], rounds: int) -> list[Line]:
+    """Measure latency and throughput of variants that take turns; return a JSON line for each."""
     calls: dict[Variant, Callable[[], None]] = {}
+    opened: dict[tuple[str, str], Callable[[torch.Tensor], None]] = {}
     images = {batch: torch.from_numpy(draw_images(batch)).cuda() for batch in BATCHES}
-    for name, runtime in track(pairs, description="Building", transient=True):
-        call = load(name, runtime)
-        for batch in BATCHES[:1] if name in LARGE else BATCHES:
-            for _ in range(3):  # cuDNN chooses, the compiler compiles, and a graph is recorded
-                call(images[batch])
-            calls[Variant(name, runtime, batch)] = partial(call, images[batch])
+    for variant in track(variants, "Building"):
+        if variant[:2] not in opened:
+            opened[variant[:2]] = on_gpu(BUILDERS[variant.model](), variant.runtime)
+        calls[variant] = partial(opened[variant[:2]], images[variant.batch])
+        for _ in range(3):  # cuDNN chooses, the compiler compiles, and a graph is recorded
+            calls[variant]()
     seconds = interleaved(calls, rounds)
     lines = []
     for variant, taken in seconds.items():
-        low, middle, high = (1000 * value / variant.batch for value in statistics.quantiles(taken, n=4))
-        line = {"model": variant.model, "runtime": variant.runtime, "batch": variant.batch}
-        line |= {"ms_an_image": round(middle, 4), "quartiles_ms": [round(low, 4), round(high, 4)], "rounds": rounds}
-        reference = Variant("backbone", variant.runtime, variant.batch)
-        line["outside_backbone"] = round(1 - ratio(seconds, reference, variant), 3)
-        lines.append({**line, **hardware()})
+        share = round(1 - ratio(seconds, variant._replace(model="backbone"), variant), 3)
+        lines.append({**summary(variant, taken, variant.batch, 4), "outside_backbone": share, **hardware()})
     return lines
 
 
-def train(row: str, data: str, precision: str, **kwargs: Any) -> dict[str, Any]:
-    """Train and test a model, with more arguments for the engine if given."""
+@cache
+def warm_up(data: str) -> None:
+    """Train for an epoch that is not counted."""
+    run("WTFlow", data, accelerator="gpu", max_epochs=1)
+
+
+def train(row: str, data: str, precision: str) -> Line:
+    """Train and test a model."""
+    warm_up(data)
     torch.cuda.reset_peak_memory_stats()
     peak: list[int] = []
     note_peak = LambdaCallback(on_train_end=lambda *_: peak.append(torch.cuda.max_memory_allocated()))
-    options = {"accelerator": "gpu", "precision": precision, "callbacks": [note_peak], **kwargs}
-    result = run(row, data, 0, None, None, **options)
+    result = run(row, data, accelerator="gpu", precision=precision, callbacks=[note_peak])
     return {
-        "model": row,
-        "data": data,
-        "precision": precision,
         "settings": result["settings"],
         "seconds": result["fit_seconds"],
         "peak_MiB": round(peak[0] / 2**20),
@@ -115,82 +108,34 @@ def train(row: str, data: str, precision: str, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def tables(lines: list[dict[str, Any]]) -> str:
-    """Render, for each GPU, a table a batch size, one of the trainings, and the shares outside the backbone."""
-    gpus = dict.fromkeys(line["gpu"] for line in lines)
-    return "\n".join(tables_of([line for line in lines if line["gpu"] == gpu]) for gpu in gpus)
-
-
-def tables_of(lines: list[dict[str, Any]]) -> str:
-    """Render the tables of one GPU."""
-    text = [f"{lines[0]['gpu']}, torch {lines[0]['torch']}, {lines[0]['cpu']}", ""]
-    for batch in BATCHES if any("batch" in line for line in lines) else ():
-        text += [
-            f"**batch {batch}**",
-            "",
-            "| model | runtime | ms an image (quartiles) | images a second | outside the backbone |",
-            "|---" * 5 + "|",
-        ]
-        for line in lines:
-            if line.get("batch") == batch:
-                low, high = line["quartiles_ms"]
-                share = f"{line['outside_backbone']:.0%}" if line["model"] in ("WTFlow", "FastFlow") else ""
-                text.append(
-                    f"| {line['model']} | {line['runtime']} | {line['ms_an_image']:.3f} ({low:.3f} to {high:.3f}) | "
-                    f"{1000 / line['ms_an_image']:.0f} | {share} |"
-                )
-        text.append("")
-    text += [
-        "| data | model | precision | training | GPU memory | image AUROC | pixel AUROC | AUPRO |",
-        "|---" * 8 + "|",
-    ]
-    for line in lines:
-        if "precision" in line:
-            m = line["metrics"]
-            text.append(
-                f"| {line['data']} | {line['model']} | {line['precision']} | {line['seconds']:.1f} s | "
-                f"{line['peak_MiB']} MiB | {m['image_AUROC']:.4f} | {m['pixel_AUROC']:.4f} | {m['pixel_AUPRO']:.4f} |"
-            )
-    shares = {
-        line["runtime"]: line["outside_backbone"]
-        for line in lines
-        if line.get("batch") == 1 and line["model"] == "WTFlow"
-    }
-    text += ["", *(f"- outside the backbone, batch 1, {runtime}: {share:.1%}" for runtime, share in shares.items())]
-    return "\n".join(text)
-
-
-def main() -> int:
-    """Measure and render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="mvtec_bottle", help="as for accuracy.py")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--render", action="store_true")
-    given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    if given.render:
-        print(tables(need(given.output, "gpu.py")))
-        return 0
+def jobs(given: Namespace) -> Iterator[Job]:
+    """Plan the groups that take turns, and the trainings; exit without a GPU."""
     if not torch.cuda.is_available():
-        print("There is no CUDA device here: run this where torch.cuda.is_available().", file=sys.stderr)
-        return 1
-    done = read(given.output)
-    here = torch.cuda.get_device_name()
-    measured = {key(line) for line in done}
-    for models, runtimes in GROUPS:
-        if {(here, model, runtime, 1, None, None) for model in models for runtime in runtimes} - measured:
-            for line in latency(models, runtimes, given.rounds):
-                append(given.output, line)
-    plan = [pair for pair in TRAININGS if (here, pair[0], None, None, given.data, pair[1]) not in measured]
-    if plan:
-        train("WTFlow", given.data, "32-true", max_epochs=1)
-    for row, precision in track(plan, description="Training", transient=True):
-        append(given.output, train(row, given.data, precision))
-    print(tables(need(given.output, "gpu.py")))
-    return 0
+        raise SystemExit("There is no CUDA device here: run this where torch.cuda.is_available().")
+    here = {"gpu": torch.cuda.get_device_name()}
+    for models, runtimes in (group for name, group in GROUPS.items() if name in given.parts):
+        pairs = [(model, runtime) for model in models for runtime in runtimes]
+        variants = [Variant(*pair, batch) for pair in pairs for batch in BATCHES if batch == 1 or pair[0] not in LARGE]
+        yield [{**here, **variant._asdict()} for variant in variants], partial(latency, variants, given.rounds)
+    for data in given.data if "training" in given.parts else ():
+        for row in given.models:
+            for precision in PRECISIONS.get(row, PRECISIONS["WTFlow"][:1]):
+                gives = {**here, "model": row, "data": data, "precision": precision}
+                yield gives, partial(train, row, data, precision)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def render(lines: list[Line]) -> str:
+    """Render, for each GPU, a table a batch size, one of the trainings, and the shares outside the backbone."""
+    parts = []
+    for gpu in dict.fromkeys(line["gpu"] for line in lines):
+        here = [line for line in lines if line["gpu"] == gpu]
+        text = [f"{gpu}, torch {here[0]['torch']}, {here[0]['cpu']}", ""]
+        timed = [{**line, "images": 1000 / line["ms_an_image"]} for line in here if "batch" in line]
+        timed = [r | ({"share": r["outside_backbone"]} if r["model"] in ("WTFlow", "FastFlow") else {}) for r in timed]
+        for batch in dict.fromkeys(line["batch"] for line in timed):
+            text += [f"**batch {batch}**", "", *table(SPEED, [line for line in timed if line["batch"] == batch])]
+        text += table(TRAINING, [line for line in here if "precision" in line])
+        ours = [line for line in timed if line["batch"] == 1 and line["model"] == "WTFlow"]
+        text += [f"- outside the backbone, batch 1, {line['runtime']}: {line['share']:.1%}" for line in ours]
+        parts.append("\n".join(text))
+    return "\n".join(parts)

@@ -1,10 +1,5 @@
-"""Exported models in ONNX Runtime and OpenVINO, without torch; as a program, the memory and the first result of one.
+"""Exported models in ONNX Runtime and OpenVINO, without torch."""
 
-Usage:
-    python benchmarks/runtimes.py FILE RUNTIME     JSON: seconds from the file to the first result, and peak memory
-"""
-
-import json
 import os
 import sys
 import time
@@ -13,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.base import peak_MiB
 
 SIDE = 256
 THROUGHPUT_IMAGES = 32
@@ -68,22 +65,12 @@ OPENERS: dict[str, Callable[[Path], Call]] = {
 """Runtimes of exported models. FP16 is the weights in the file: the CPU computes in f32."""
 
 
-def peak_MiB() -> int:  # noqa: N802
-    """Peak memory of this process, on Linux; ``getrusage`` would count what the parent had when it started this one."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return round(int(line.split()[1]) / 1024)
-
-
-def main() -> None:
-    """Print the JSON."""
+def first_result(path: str, runtime: str) -> dict[str, float]:
+    """Measure, in a process that has done nothing else, the time from the file to the first result, and the memory."""
     start = time.perf_counter()
-    call = OPENERS[sys.argv[2]](Path(sys.argv[1]))
+    call = OPENERS[runtime](Path(path))
     call(draw_images(1))
     first = time.perf_counter() - start
     call(draw_images(1))
     assert "torch" not in sys.modules
-    print(json.dumps({"peak_MiB": peak_MiB(), "first_result_seconds": round(first, 2)}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"peak_MiB": peak_MiB(), "first_result_seconds": round(first, 2)}

@@ -1,26 +1,25 @@
 """What the plugin adds to the start of programs: `import anomalib_wtflow`, and its share of `anomalib -h`.
 
-Usage:
-    python benchmarks/startup.py [--rounds N]     measure; JSON; 1 if a limit is missed
-    python benchmarks/startup.py --render         the lines of the README, from the JSON
+    python -m benchmarks startup [--rounds N]
+    python -m benchmarks startup --quick                     two rounds
 
 Each figure is the median over processes of its own. The share is the time in which the import hook loads the plugin,
 over that of all the rest of `anomalib -h`, in one process: two processes, with and without the plugin, differ by more
-than that on a noisy machine. anomalib may need some of the same modules later, so it is rather too large.
+than that on a noisy machine. anomalib may need some of the same modules later, so it is rather too large. The exit
+status is 1 if a limit is missed.
 """
 
-import argparse
 import statistics
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 
-from accuracy import machine
-from lines import append, need
-from rich.progress import track
+from benchmarks.base import Line, last_json
+from benchmarks.common import Job, Verdict, track
 
-RESULTS = Path(__file__).parent / "results" / "startup.json"
+OPTIONS = {"rounds": 10}
+QUICK = {"rounds": 2}
 IMPORT_MS, HELP_SHARE = 5.0, 0.01
 """Largest cost of the import in milliseconds, and largest share that ``anomalib -h`` is slowed by."""
 
@@ -50,21 +49,15 @@ try:
 finally:
     (plugin,) = seconds
     assert "anomalib_wtflow.data.synthetic" in sys.modules
-    print(plugin, time.perf_counter() - start)
+    print([plugin, time.perf_counter() - start])
 """
 
 
-def run(code: str) -> list[float]:
-    """Run code in a fresh interpreter; return the numbers on the last line that it printed."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return [float(word) for word in done.stdout.splitlines()[-1].split()]
-
-
-def measure(rounds: int) -> dict[str, Any]:
+def measure(rounds: int) -> Line:
     """Measure both, after a round that fills the file system's cache."""
     imports, plugins, shares = [], [], []
-    for turn in track(range(rounds + 1), description="Measuring", transient=True):
-        (milliseconds,), (plugin, whole) = run(IMPORT), run(HELP)
+    for turn in track(range(rounds + 1), "Measuring"):
+        milliseconds, (plugin, whole) = (last_json([sys.executable, "-c", code]) for code in (IMPORT, HELP))
         if turn:
             imports.append(milliseconds)
             plugins.append(plugin * 1000)
@@ -76,37 +69,22 @@ def measure(rounds: int) -> dict[str, Any]:
         "help_share": round(middle, 5),
         "help_quartiles": [round(low, 5), round(high, 5)],
         "rounds": rounds,
-        "machine": machine(),
     }
 
 
-def verdicts(line: dict[str, Any]) -> list[tuple[bool, str]]:
+def verdicts(lines: list[Line]) -> list[Verdict]:
     """Say what is kept."""
-    low, high = line["help_quartiles"]
-    kept = [line["import_ms"] < IMPORT_MS, line["help_share"] < HELP_SHARE]
+    line = lines[-1]
+    (low, high), share = line["help_quartiles"], line["help_share"]
     texts = [
         f"import anomalib_wtflow, before torch: {line['import_ms']:.2f} ms (less than {IMPORT_MS:g})",
-        f"anomalib -h, slowed by the plugin: {line['help_share']:.2%} (quartiles {low:.2%} to {high:.2%}; "
+        f"anomalib -h, slowed by the plugin: {share:.2%} (quartiles {low:.2%} to {high:.2%}; "
         f"{line['plugin_ms']:.0f} ms; less than {HELP_SHARE:.0%})",
     ]
+    kept = [line["import_ms"] < IMPORT_MS, share < HELP_SHARE]
     return [(ok, f"{text}: {'kept' if ok else 'MISSED'}") for ok, text in zip(kept, texts, strict=True)]
 
 
-def main() -> int:
-    """Measure and render; the exit status says whether a limit was missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--render", action="store_true")
-    given = parser.parse_args()
-    if not given.render:
-        line = measure(given.rounds)
-        given.output.unlink(missing_ok=True)
-        append(given.output, line)
-    results = verdicts(need(given.output, "startup.py")[-1])
-    print("\n".join(text for _, text in results))
-    return int(not all(kept for kept, _ in results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def jobs(given: Namespace) -> Iterator[Job]:
+    """Plan the only job."""
+    yield {}, partial(measure, given.rounds)

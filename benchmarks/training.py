@@ -1,50 +1,74 @@
 """Seconds and memory of training: WTFlow beside FastFlow, Padim and Patchcore on the same backbone.
 
-Usage:
-    python benchmarks/training.py [--data mvtec_bottle magnetic_tile]     measure what is missing; JSON
-    python benchmarks/training.py --render                                the tables of the README, from the JSON
+    python -m benchmarks training [--data mvtec_bottle magnetic_tile]
+    python -m benchmarks training --quick                    bottles; WTFlow, with and without cache, and Padim
 
 Seed 0, through anomalib's ``Engine``, image decoding included; WTFlow trains on the 80 % of the images that it does not
 hold out for its threshold, the others on all. FastFlow, Padim and Patchcore run the backbone as timm builds it, WTFlow
 its own, folded one. Each model runs in a process of its own. Flows are tested after an epoch with the clock stopped,
 for the AUROC at each moment: FastFlow in the run that is timed, whose peak memory is then that before its first test;
 WTFlow in a run of its own. ``WTFlow, no cache`` passes all images through the backbone in every epoch, for a few
-epochs.
+epochs. ``WTFlow, command`` is what a user types, ``anomalib train --model WTFlow --data MVTecAD ...``, with anomalib's
+8 workers, from the start of the process to its end: imports, testing and drawing of the test images included; in
+brackets without the imports; memory without the workers'. Promised: at least 5 times as fast as FastFlow to its best
+AUROC, no more memory than Patchcore, a cached epoch at most 0.1 of loading and backbone.
 """
 
-import argparse
-import json
-import logging
-import os
 import statistics
-import subprocess
 import sys
 import time
-import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accuracy import machine
 from anomalib.pre_processing import PreProcessor
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch import Callback
-from lines import append, need, read
-from rich.progress import track
-from rows import ROWS, Memo, build, data_module, feature_network, quiet_engine
-from runtimes import peak_MiB
 from sklearn.metrics import roc_auc_score
 
-from anomalib_wtflow import WTFlow
+from benchmarks.base import Line, call, last_json, peak_MiB
+from benchmarks.common import Job, Promise, Verdict, machine_of, table
+from benchmarks.datasets import FOLDERS, REAL, data_module
+from benchmarks.models import ROWS, Memo, build, feature_network, quiet_engine, settings_of
 
-RESULTS = Path(__file__).parent / "results" / "training.json"
-DATA = ("mvtec_bottle", "magnetic_tile")
-NO_CACHE = "WTFlow, no cache"
-MODELS = ("WTFlow", NO_CACHE, "FastFlow", "Padim", "Patchcore")
+NO_CACHE, COMMAND = "WTFlow, no cache", "WTFlow, command"
+MODELS = ("WTFlow", NO_CACHE, COMMAND, "FastFlow", "Padim", "Patchcore")
+KEY = ("model", "data")
+OPTIONS = {"data": REAL, "models": MODELS}
+QUICK = {"data": ["mvtec_bottle"], "models": ["WTFlow", NO_CACHE, "Padim"]}
+COMMAND_DATA = ("mvtec_bottle",)
+"""Data sets that the command knows by a class and a category."""
 TEST_EVERY = {"WTFlow": 2, "FastFlow": 1}
 """Epochs between two tests."""
 FEW_EPOCHS = 4
+SOONER = Promise("FastFlow / WTFlow, seconds to FastFlow's best image AUROC", least=5, digits=".3g")
+SMALLER = Promise("WTFlow / Patchcore, peak memory", most=1, digits=".3g")
+CACHED = Promise("Cached epoch / loading and backbone of an epoch", most=0.1, digits=".3g")
+COLUMNS = {
+    "model": "{model}",
+    "training": "{training}",
+    "epochs": "{epochs}",
+    "an epoch": "{epoch_seconds:.2f} s",
+    "peak memory": "{peak_MiB} MiB",
+    "to FastFlow's best image AUROC": "{until}",
+}
+
+TRAIN = """
+import json, sys, time
+from anomalib.cli.cli import main
+start = time.perf_counter()
+status = main()
+seconds = time.perf_counter() - start
+from benchmarks.base import peak_MiB
+print()
+print(json.dumps({"after_imports": round(seconds, 2), "peak_MiB": peak_MiB()}))
+sys.exit(status)
+"""
+"""The command ``anomalib``, as its package installs it, with a clock."""
 
 
 class Clock(Callback):
@@ -65,19 +89,29 @@ class Clock(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note when the first epoch begins: with a cache, after the images have passed the backbone."""
-        del pl_module
         if trainer.current_epoch == 0:
             self.begun = time.perf_counter() - self.start
+        else:
+            self.test_at_times(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the time, and test."""
+        """Note the time. The test comes later, when the model has finished the epoch too."""
+        del trainer, pl_module
         self.seconds.append(time.perf_counter() - self.start - self.stopped)
-        epoch = trainer.current_epoch + 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the last epoch."""
+        del trainer
+        self.test_at_times(pl_module)
+
+    def test_at_times(self, model: Any) -> None:
+        """Test if it is time, with the clock stopped."""
+        epoch = len(self.seconds)
         if self.module is None or (epoch > 2 and epoch % self.every):
             return
         pause = time.perf_counter()
         self.peak_MiB = self.peak_MiB or peak_MiB()
-        self.curve.append((epoch, round(self.seconds[-1], 2), self.test(pl_module)))
+        self.curve.append((epoch, round(self.seconds[-1], 2), self.test(model)))
         self.stopped += time.perf_counter() - pause
 
     @torch.no_grad()
@@ -87,8 +121,6 @@ class Clock(Callback):
         forward = network.forward
         self.memo.wrap(network)
         model.eval()
-        if isinstance(model, WTFlow):  # its own hook, which sets the limit of the contrast, comes after this one
-            model.model.observe(model._reference, model._image_size)
         scores, labels = [], []
         with torch.random.fork_rng():
             for batch in self.module.test_dataloader():
@@ -101,16 +133,13 @@ class Clock(Callback):
         return round(float(roc_auc_score(labels, scores)), 4)
 
 
-def train(name: str, data: str, test: bool) -> dict[str, Any]:
+def train(name: str, data: str, test: bool) -> Line:
     """Train a model in this process, and measure it."""
     row = "WTFlow" if name == NO_CACHE else name
     seed_everything(0, verbose=False)
     extra = {"feature_cache": 0.0, "max_epochs": FEW_EPOCHS} if name == NO_CACHE else {}
-    model, settings = build(row, data, None, **extra)
+    model = build(row, data, **extra)
     module = data_module(data, None, ROWS[row].batch_size)
-    if test:
-        module.prepare_data()
-        module.setup()
     clock = Clock(module if test else None, TEST_EVERY.get(name, 1))
     with TemporaryDirectory() as folder:
         engine = quiet_engine(folder, callbacks=[clock])
@@ -119,34 +148,44 @@ def train(name: str, data: str, test: bool) -> dict[str, Any]:
         seconds = time.perf_counter() - clock.start - clock.stopped
     epochs = [b - a for a, b in zip(clock.seconds, clock.seconds[1:], strict=False)]
     return {
-        "model": name,
-        "data": data,
-        "settings": {**settings, **extra},
+        "settings": {**settings_of(row, data), **extra},
         "seconds": round(seconds, 2),
         "before_first_epoch": round(clock.begun, 2),
         "epoch_seconds": round(statistics.median(epochs), 3) if epochs else None,
         "epochs": len(clock.seconds),
         "peak_MiB": clock.peak_MiB or peak_MiB(),
         "curve": clock.curve,
-        "machine": machine(),
     }
 
 
-def child(name: str, data: str, test: bool) -> dict[str, Any]:
-    """Train a model in a process of its own."""
-    command = [sys.executable, __file__, "--child", name, data, str(int(test))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def train_by_command(data: str, *more: str) -> Line:
+    """Run the command that a user types, with more of its options if given."""
+    folder = FOLDERS[data].resolve()
+    options = ["--model", "WTFlow", "--data", "MVTecAD", "--data.root", str(folder.parent)]
+    command = [sys.executable, "-c", TRAIN, "train", *options, "--data.category", folder.name, *more]
+    with TemporaryDirectory() as results:
+        start = time.perf_counter()
+        line = last_json(command, Path(results))
+        seconds = time.perf_counter() - start
+    return {"settings": {}, "seconds": round(seconds, 2), "curve": [], **line}
 
 
-def measure(name: str, data: str) -> dict[str, Any]:
-    """Measure a model on a data set."""
-    line = child(name, data, test=name == "FastFlow")
-    if name == "WTFlow":
-        line["curve"] = child(name, data, test=True)["curve"]
+def measure(name: str, data: str, curve: bool) -> Line:
+    """Measure a model on a data set, with WTFlow's curve or without, which takes a training more."""
+    if name == COMMAND:
+        return train_by_command(data)
+    line = call(train, name, data, name == "FastFlow")
+    if name == "WTFlow" and curve:
+        line["curve"] = call(train, name, data, True)["curve"]
     return line
+
+
+def jobs(given: Namespace) -> Iterator[Job]:
+    """Plan the trainings."""
+    for data in given.data:
+        for name in given.models:
+            if name != COMMAND or data in COMMAND_DATA:
+                yield {"model": name, "data": data}, partial(measure, name, data, not given.quick)
 
 
 def reached(curve: list[list[float]], auroc: float) -> float | None:
@@ -154,83 +193,40 @@ def reached(curve: list[list[float]], auroc: float) -> float | None:
     return next((seconds for _, seconds, value in curve if value >= auroc), None)
 
 
-def tables(lines: list[dict[str, Any]]) -> str:
+def aim_of(lines: list[Line]) -> float | None:
+    """Return FastFlow's best AUROC."""
+    curves = [line["curve"] for line in lines if line["model"] == "FastFlow"]
+    return max((value for curve in curves for _, _, value in curve), default=None)
+
+
+def render(lines: list[Line]) -> str:
     """Render the tables and the promises."""
-    text = [f"{lines[0]['machine']['cpu']}, {lines[0]['machine']['threads']} threads", ""]
+    text = [machine_of(lines), ""]
     for data in dict.fromkeys(line["data"] for line in lines):
-        here = {line["model"]: line for line in lines if line["data"] == data}
-        text += [
-            f"**{data}**",
-            "",
-            "| model | training | epochs | an epoch | peak memory | to FastFlow's best image AUROC |",
-            "|---" * 6 + "|",
-        ]
-        best = max((value for _, _, value in here["FastFlow"]["curve"]), default=None) if "FastFlow" in here else None
-        times: dict[str, float] = {}
-        for name, line in here.items():
-            flow = best is not None and line["curve"]
-            until = reached(line["curve"], best) if flow else None
-            cell = "never" if flow else ""
-            if until is not None:
-                times[name] = until
-                cell = f"{until:.1f} s ({best:.4f})"
-            epoch = "" if line["epoch_seconds"] is None else f"{line['epoch_seconds']:.2f} s"
-            text.append(
-                f"| {name} | {line['seconds']:.0f} s | {line['epochs']} | {epoch} | {line['peak_MiB']} MiB | {cell} |"
-            )
-        text.append("")
-        text += promises(here, times)
-        text.append("")
+        here = [line for line in lines if line["data"] == data]
+        aim, rows = aim_of(here), []
+        for line in here:
+            until = reached(line["curve"], aim) if aim and line["curve"] else None
+            cell = "never" if until is None else f"{until:.1f} s ({aim:.4f})"
+            after = f" ({line['after_imports']:.0f} s)" if "after_imports" in line else ""
+            training = f"{line['seconds']:.0f} s{after}"
+            rows.append({**line, "training": training, "until": cell if aim and line["curve"] else ""})
+        text += [f"**{data}**", "", *table(COLUMNS, rows), *(f"- {verdict}" for _, verdict in verdicts(here)), ""]
     return "\n".join(text)
 
 
-def promises(here: dict[str, dict[str, Any]], times: dict[str, float]) -> list[str]:
-    """Say what is kept of what was promised, for one data set."""
-    text = []
-    if {"WTFlow", "FastFlow"} <= set(times):
-        ratio = times["FastFlow"] / times["WTFlow"]
-        text.append(verdict("FastFlow / WTFlow, seconds to FastFlow's best image AUROC", ratio, least=5))
-    elif {"WTFlow", "FastFlow"} <= set(here):
-        text.append("- FastFlow / WTFlow, seconds to FastFlow's best image AUROC: never reached (at least 5) MISSED")
-    if {"WTFlow", "Patchcore"} <= set(here):
-        ratio = here["WTFlow"]["peak_MiB"] / here["Patchcore"]["peak_MiB"]
-        text.append(verdict("WTFlow / Patchcore, peak memory", ratio, most=1))
-    if {"WTFlow", NO_CACHE} <= set(here):
-        cached, whole = here["WTFlow"]["epoch_seconds"], here[NO_CACHE]["epoch_seconds"]
-        text.append(verdict("Cached epoch / loading and backbone of an epoch", cached / (whole - cached), most=0.1))
-    return text
-
-
-def verdict(text: str, ratio: float, least: float = 0.0, most: float = float("inf")) -> str:
-    """Say whether a ratio is within its limit."""
-    limit = f"at least {least:g}" if least else f"at most {most:g}"
-    return f"- {text}: {ratio:.3g} ({limit}) {'kept' if least <= ratio <= most else 'MISSED'}"
-
-
-def main() -> int:
-    """Measure what is missing, and render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=list(DATA))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--render", action="store_true")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    if given.child:
-        name, data, test = given.child
-        print(json.dumps(train(name, data, bool(int(test)))))
-        return 0
-    if not given.render:
-        done = {(line["model"], line["data"]) for line in read(given.output)}
-        plan = [(name, data) for data in given.data for name in given.models if (name, data) not in done]
-        for name, data in track(plan, description="Training", transient=True):
-            append(given.output, measure(name, data))
-    print(tables(need(given.output, "training.py")))
-    return 0
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    sys.exit(main())
+def verdicts(lines: list[Line]) -> list[Verdict]:
+    """Say what is kept of what was promised, for each data set."""
+    found = []
+    for data in dict.fromkeys(line["data"] for line in lines):
+        here = {line["model"]: line for line in lines if line["data"] == data}
+        aim = aim_of(list(here.values()))
+        if {"WTFlow", "FastFlow"} <= set(here):
+            ours, theirs = (reached(here[name]["curve"], aim) if aim else None for name in ("WTFlow", "FastFlow"))
+            found.append(SOONER.verdict(theirs / ours if ours and theirs else None))
+        if {"WTFlow", "Patchcore"} <= set(here):
+            found.append(SMALLER.verdict(here["WTFlow"]["peak_MiB"] / here["Patchcore"]["peak_MiB"]))
+        if {"WTFlow", NO_CACHE} <= set(here):
+            cached, whole = here["WTFlow"]["epoch_seconds"], here[NO_CACHE]["epoch_seconds"]
+            found.append(CACHED.verdict(cached / (whole - cached)))
+    return found

@@ -1,0 +1,1 @@
+"""Benchmarks of WTFlow: ``python -m benchmarks`` lists them, ``python -m benchmarks NAME`` runs one."""

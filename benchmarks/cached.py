@@ -1,0 +1,193 @@
+"""Experiments on cached features: the backbone's layers computed once, and WTFlow trained and scored on them.
+
+A point of an experiment is a dictionary: WTFlow's settings, and what :data:`EXTRAS` adds to them.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from anomalib.metrics.aupro import _AUPRO
+from anomalib_wtflow.settings import get_settings
+from anomalib_wtflow.training.feature_caching import LIMIT_IMAGES
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from anomalib_wtflow import WTFlow
+from anomalib_wtflow.features.backbone import FeatureExtractor
+from anomalib_wtflow.flow.schedule import SCHEDULERS
+from anomalib_wtflow.loss import WTFlowLoss
+from anomalib_wtflow.torch_model import WTFlowModel
+from benchmarks.common import METRICS, track
+from benchmarks.datasets import data_module, every_fourth_pixel, has_masks
+
+LAYERS = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
+"""At strides 4, 8, 16 and 32."""
+MAP = (256, 256)
+BATCH = 32
+EXTRAS = {"side": 16, "ridge": 0.01, "blocks": 1, "limit": True}
+"""Side of the features, ridge of the normalisation, into how many blocks a side each map is cut for training, so that
+each draws its own time, and whether the contrast has its limit."""
+SCORE = ("density", "anomaly_map", "sigma", "top_fraction", "image_score", "contrast", "limit")
+"""What turns end points of the flow into a map and a score."""
+INFERENCE = ("start_time", "steps", *SCORE)
+"""What does not need another training."""
+FEATURES = ("layers", "side", "pool_size", "normalization", "ridge", *SCORE)
+"""What the control without a flow, whose start time is None, depends on."""
+Point = dict[str, Any]
+
+
+class Images(NamedTuple):
+    """Backbone maps by layer, labels, and every fourth pixel of the masks, or None if there are none."""
+
+    train: dict[str, Tensor]
+    test: dict[str, Tensor]
+    labels: Tensor
+    masks: Tensor | None
+
+
+class Result(NamedTuple):
+    """Scores and every fourth pixel of the maps of the test images; the field's parameters; seconds of training."""
+
+    scores: Tensor
+    pixels: Tensor
+    parameters: int
+    seconds: float
+
+
+def start(**changes: Any) -> Point:
+    """Return WTFlow's defaults as a point, with some changes.
+
+    Raises:
+        ValueError: If there is no such setting.
+    """
+    point = {**json.loads(json.dumps(asdict(get_settings()))), **EXTRAS}
+    for name in changes:
+        if name not in point:
+            msg = f"There is no setting '{name}': choose from {', '.join(point)}."
+            raise ValueError(msg)
+    return {**point, **changes}
+
+
+def load(name: str) -> Images:
+    """Extract all layers of a data set, in float16; of the training images, the 80 % that WTFlow keeps."""
+    module = data_module(name)
+    extractor = FeatureExtractor(layers=LAYERS)
+    transform = WTFlow.configure_pre_processor().transform
+    order = torch.randperm(len(module.train_data), generator=torch.Generator().manual_seed(0)).tolist()
+    kept = sorted(order[round(0.2 * len(order)) :])
+    train, test, labels, masks = [], [], [], []
+    for index in track([*kept, *range(len(module.test_data))], name):
+        testing = len(train) == len(kept)
+        item = (module.test_data if testing else module.train_data)[index]
+        with torch.no_grad():
+            (test if testing else train).append([m.half() for m in extractor.network(transform(item.image[None]))])
+        if testing:
+            labels.append(bool(item.gt_label))
+            masks.append(every_fourth_pixel(item, MAP))
+    maps = (dict(zip(LAYERS, map(torch.cat, zip(*rows, strict=True)), strict=True)) for rows in (train, test))
+    return Images(*maps, torch.tensor(labels), torch.stack(masks) if has_masks(module) else None)
+
+
+def features(maps: dict[str, Tensor], point: Point) -> Tensor:
+    """Pool, resize and stack the layers of a point."""
+    pool, size = point["pool_size"], (point["side"], point["side"])
+    layers = [F.avg_pool2d(maps[name].float(), pool, 1, pool // 2) for name in point["layers"] or LAYERS[:3]]
+    return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in layers], dim=1)
+
+
+def split(x: Tensor, blocks: int) -> Tensor:
+    """Cut each map into ``blocks x blocks`` samples of their own."""
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, blocks, h // blocks, blocks, w // blocks)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h // blocks, w // blocks)
+
+
+@torch.no_grad()
+def normalise(model: WTFlowModel, x: Tensor, y: Tensor, point: Point) -> tuple[Tensor, Tensor]:
+    """Fit the normalisation on training features, and apply it to them and to those of the test set."""
+    module: Any = model.normalization
+    if module.needs_fit:
+        module.ridge = point["ridge"]
+        for part in x.split(BATCH):
+            module.update(part)
+        module.finalize()
+    return torch.cat([module(part) for part in x.split(BATCH)]), torch.cat([module(part) for part in y.split(BATCH)])
+
+
+def train(model: WTFlowModel, x0: Tensor, point: Point) -> float:
+    """Train a model's field as WTFlow does, on normalised features; return the seconds."""
+    torch.manual_seed(point["seed"])
+    s, loss = model.settings, WTFlowLoss()
+    optimizer = torch.optim.AdamW(model.field.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
+    schedule = SCHEDULERS[s.scheduler](s.max_epochs * -(-len(x0) // BATCH))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    begin = time.perf_counter()
+    model.field.train()
+    for _ in range(s.max_epochs):
+        for batch in x0[torch.randperm(len(x0))].split(BATCH):
+            optimizer.zero_grad()
+            loss(*model.regress(split(batch, point["blocks"]))).backward()
+            optimizer.step()
+            scheduler.step()
+    return time.perf_counter() - begin
+
+
+class Cache:
+    """Backbone maps of the data sets, and the training that was the last."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Images] = {}
+        self.trained: tuple[Any, ...] = ("",)
+
+    def images(self, data: str) -> Images:
+        """Return a data set's maps."""
+        if data not in self.loaded:
+            self.loaded[data] = load(data)
+        return self.loaded[data]
+
+    def result(self, data: str, point: Point) -> Result:
+        """Train at a point, unless only the inference is another than the last time, and score the test images."""
+        flow, images = point["start_time"] is not None, self.images(data)
+        chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
+        model = WTFlowModel(get_settings(**chosen)).eval()
+        training = json.dumps([data, flow, {name: value for name, value in point.items() if name not in INFERENCE}])
+        if self.trained[0] != training:
+            x, y = normalise(model, features(images.train, point), features(images.test, point), point)
+            seconds = train(model, x, point) if flow else 0.0
+            self.trained = (training, model.state_dict(), x[:: len(x) // LIMIT_IMAGES + 1], y, seconds)
+        _, state, reference, y, seconds = self.trained
+        model.load_state_dict(state)
+        model.eval()
+        if not flow:
+            model.flow = lambda x0: x0
+        with torch.no_grad():
+            if point["limit"]:
+                model.observe(reference, MAP)
+            make = model.anomaly_map_generator
+            parts = [make(model.log_density(model.flow(part)), MAP) for part in y.split(64)]
+        pixels = torch.cat([maps[:, 0, 2::4, 2::4] for maps, _ in parts])
+        parameters = sum(p.numel() for p in model.field.parameters()) if flow else 0
+        return Result(torch.cat([scores for _, scores in parts]), pixels, parameters, round(seconds, 1))
+
+
+def measure(result: Result, images: Images) -> dict[str, float]:
+    """All six metrics; without masks, the three of the images."""
+    label, value = images.labels.numpy(), result.scores.numpy()
+    values = [roc_auc_score(label, value), average_precision_score(label, value), best_f1(label, value)]
+    if images.masks is not None:
+        aupro = _AUPRO(fpr_limit=0.3)
+        aupro.update(result.pixels, images.masks)
+        mask, flat = images.masks.flatten().numpy(), result.pixels.flatten().numpy()
+        values += [roc_auc_score(mask, flat), float(aupro.compute()), best_f1(mask, flat)]
+    return {name: round(float(value), 5) for name, value in zip(METRICS, values, strict=False)}
+
+
+def best_f1(label: np.ndarray, score: np.ndarray) -> float:
+    """Largest F1 of all thresholds."""
+    precision, recall, _ = precision_recall_curve(label, score)
+    return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())

@@ -1,0 +1,231 @@
+"""The models of the benchmarks: WTFlow, anomalib's models and two controls, on the same features of the same images."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from anomalib.data import Batch
+from anomalib.engine import Engine
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
+from anomalib.models import AnomalibModule, MHPatchcore, Padim, Patchcore
+from anomalib.models.image.fastflow.anomaly_map import AnomalyMapGenerator
+from anomalib.models.image.fastflow.torch_model import FastflowModel, create_fast_flow_block
+from anomalib.post_processing import PostProcessor
+from torch import Tensor, nn
+
+from anomalib_wtflow import FastflowBaseline, WTFlow
+from anomalib_wtflow.anomaly_map import student
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, packaged_weights
+
+LAYERS = ("blocks.2", "blocks.4")
+"""The layers of anomalib's own models, at strides 8 and 16, as their layer2 and layer3 of a ResNet."""
+IMAGE_SIZE = 256
+SCORES = (("pred_score", "gt_label", "image_"), ("anomaly_map", "gt_mask", "pixel_"))
+
+
+def evaluator(own_threshold: bool, masks: bool = True) -> Evaluator:
+    """Metrics of a model: areas, and F1 at the best threshold; at its own one where it has one; pixels'."""
+    image, pixel = ({"fields": [of, truth], "prefix": prefix} for of, truth, prefix in SCORES)
+    metrics: list[Any] = [metric(**image) for metric in (AUROC, AUPR, F1Max)]
+    if masks:
+        metrics += [metric(**pixel) for metric in (AUROC, AUPRO, F1Max)]
+    if own_threshold:
+        metrics.append(F1Score(fields=["pred_label", "gt_label"], prefix="image_"))
+    return Evaluator(test_metrics=metrics)
+
+
+class Squash(PostProcessor):
+    """Monotone map of raw scores and maps into (0, 1), for models whose own normalisation needs a validation set.
+
+    ``1/2 + u / (2 (1 + |u|))`` with ``u = sign(x) log(1 + |x|)``: ranks stay. anomalib's normalisation clamps to
+    [0, 1], which ties what lies beyond the validation set. ``PostProcessor(enable_normalization=False)`` alone is not
+    enough: torchmetrics takes values outside [0, 1] for logits, and its float32 sigmoid is 1 from 17 on, which ties all
+    large distances.
+    """
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Squash the scores and the maps of a batch in place."""
+        for name in ("pred_score", "anomaly_map"):
+            x = getattr(batch, name)
+            u = x.sign() * x.abs().log1p()
+            setattr(batch, name, 0.5 + 0.5 * u / (1 + u.abs()))
+
+
+class Memo:
+    """The backbone's output of images it has seen, in so many bytes: no image passes it twice in a process."""
+
+    def __init__(self, room: int = 6 * 2**30) -> None:
+        self.store: dict[tuple, list[Tensor]] = {}
+        self.room = room
+
+    def wrap(self, network: nn.Module) -> None:
+        """Put the memo before a timm feature network, which must be frozen and in evaluation mode.
+
+        Its parameters and layers take part in the key, so that two backbones never share a feature.
+        """
+        forward = network.forward
+        layers = tuple(network.feature_info.module_name()) if hasattr(network, "feature_info") else ()
+        identity = (float(sum(p.double().abs().sum() for p in network.parameters())), layers)
+
+        @torch.no_grad()
+        def maps_of(image: Tensor) -> list[Tensor]:
+            key = (identity, hash(image.numpy().tobytes()))
+            maps = self.store.get(key) or [m[0].clone() for m in forward(image[None])]
+            size = sum(m.numel() * m.element_size() for m in maps)
+            if key not in self.store and size <= self.room:
+                self.store[key] = maps
+                self.room -= size
+            return maps
+
+        network.forward = lambda images: [torch.stack(layer) for layer in zip(*map(maps_of, images), strict=True)]
+
+
+def packaged_network() -> nn.Module:
+    """EfficientNet-Lite0 with its packaged weights, as timm builds it, up to the layers that all rows use."""
+    network = timm.create_model(DEFAULT_BACKBONE, features_only=True, exportable=True, out_indices=[2, 3]).eval()
+    state = packaged_weights()
+    network.load_state_dict({name: state[name] for name in network.state_dict()})
+    if list(network.feature_info.module_name()) != list(LAYERS):
+        msg = f"timm's layers are {network.feature_info.module_name()}, not {LAYERS}: install the timm of the table."
+        raise RuntimeError(msg)
+    return network.requires_grad_(requires_grad=False)
+
+
+class LiteFastflowModel(FastflowModel):
+    """anomalib's FastFlow blocks, norms and map on EfficientNet-Lite0; its own class refuses that backbone."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.input_size = (IMAGE_SIZE, IMAGE_SIZE)
+        self.feature_extractor = packaged_network()
+        info = self.feature_extractor.feature_info
+        shapes = [(c, IMAGE_SIZE // s, IMAGE_SIZE // s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
+        self.norms = nn.ModuleList(nn.LayerNorm(shape) for shape in shapes)
+        block = {"conv3x3_only": False, "hidden_ratio": 1.0, "flow_steps": 8}
+        self.fast_flow_blocks = nn.ModuleList(create_fast_flow_block(list(shape), **block) for shape in shapes)
+        self.anomaly_map_generator = AnomalyMapGenerator(input_size=self.input_size)
+
+
+class LiteFastflow(FastflowBaseline):
+    """anomalib's Fastflow, with its loss, optimiser and 8 steps, on EfficientNet-Lite0's features."""
+
+    def __init__(self, max_epochs: int = 20, **kwargs: Any) -> None:
+        super().__init__(pre_trained=False, **kwargs)
+        self.max_epochs = max_epochs
+        self.model = LiteFastflowModel()
+
+
+class NoFlow(WTFlow):
+    """Control: WTFlow whose flow is the identity, so that the map comes from the normalised features themselves."""
+
+    def __init__(self, normalization: str = "channel", **kwargs: Any) -> None:
+        super().__init__(max_epochs=1, overrides={"normalization": normalization}, **kwargs)
+        self.model.flow = lambda x0: x0
+        self.model.field.requires_grad_(requires_grad=False)
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Train nothing: the statistics of the features are gathered before the first step."""
+        del batch, args, kwargs
+        return torch.zeros((), requires_grad=True)
+
+
+class NearestNeighbour(NoFlow):
+    """Control: distance to the nearest of all normal training features (no coreset), on WTFlow's own features.
+
+    The distance takes the flow's place: ``1/2 mean_c y_c^2`` becomes half its square per channel.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bank: list[Tensor] = []
+        self.model.observe = lambda *_: None  # the contrast's limit would be that of the features without a bank
+        self.model.log_density = self.log_density
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the normalised features of a batch."""
+        self.bank.append(batch.features.movedim(1, -1).flatten(0, -2))
+        return super().training_step(batch, *args, **kwargs)
+
+    def log_density(self, x0: Tensor) -> Tensor:
+        """Return the density of the distance, ``(N, 1, H, W)``."""
+        x = x0.movedim(1, -1)
+        self.bank = [torch.cat(self.bank)]
+        squares = self.bank[0].square().sum(1)
+        rows = x.flatten(0, -2)
+        nearest = [rows.square().sum(1) + (squares - 2 * rows @ self.bank[0].T).amin(1) for rows in rows.split(256)]
+        return student(torch.cat(nearest).clamp(min=0).view(x.shape[:-1])[:, None] / (2 * x.shape[-1]))
+
+
+def neighbours(kind: type, **kwargs: Any) -> AnomalibModule:
+    """Build one of anomalib's feature-statistics models on the packaged weights."""
+    model = kind(backbone=DEFAULT_BACKBONE, layers=list(LAYERS), pre_trained=False, **kwargs)
+    network = model.model.feature_extractor.feature_extractor
+    network.load_state_dict(packaged_network().state_dict())
+    network.requires_grad_(requires_grad=False)
+    return model
+
+
+class Row(NamedTuple):
+    """A model: what builds it, with which settings and batch size, and whether its result depends on a seed."""
+
+    build: Callable[..., AnomalibModule]
+    settings: Mapping[str, Any] = MappingProxyType({})
+    batch_size: int = 32
+    seeded: bool = True
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a WTFlow, which has its own pre-processing, threshold and seed."""
+        return isinstance(self.build, type) and issubclass(self.build, WTFlow)
+
+
+PAPER = {"recipe": "paper", "backbone": DEFAULT_BACKBONE, "layers": ["blocks.4"], "overrides": {"width": 48}}
+"""The authors' recipe on the backbone of the others, and of a width that two cores train in minutes."""
+ROWS: dict[str, Row] = {
+    "WTFlow": Row(WTFlow),
+    "WTFlow, authors' recipe": Row(WTFlow, PAPER, batch_size=8),
+    # anomalib's default of 10 % takes half an hour on 209 images and two cores: the greedy selection is quadratic.
+    "Patchcore": Row(partial(neighbours, Patchcore), {"coreset_sampling_ratio": 0.005}),
+    "MHPatchcore": Row(partial(neighbours, MHPatchcore)),
+    "Padim": Row(partial(neighbours, Padim), {"n_features": 100}),
+    "FastFlow": Row(LiteFastflow, {"max_epochs": 20}),
+    "No flow": Row(NoFlow, {"normalization": "whitening"}, seeded=False),
+    "Nearest neighbour": Row(NearestNeighbour, seeded=False),
+}
+# 1 % of 673 792 patches takes half an hour.
+EXCEPTIONS = {("Patchcore", "magnetic_tile"): {"coreset_sampling_ratio": 0.0025}}
+
+
+def feature_network(model: AnomalibModule) -> nn.Module:
+    """Find the timm network inside a row's model: WTFlow, anomalib and FastFlow keep it in other places."""
+    extractor = model.model.feature_extractor
+    return getattr(extractor, "network", getattr(extractor, "feature_extractor", extractor))
+
+
+def settings_of(row: str, data: str) -> dict[str, Any]:
+    """Return a row's settings on a data set."""
+    return {**ROWS[row].settings, **EXCEPTIONS.get((row, data), {})}
+
+
+def build(row: str, data: str, memo: Memo | None = None, masks: bool = True, **more: Any) -> AnomalibModule:
+    """Build a row's model, with more settings if given."""
+    ours = ROWS[row].ours
+    extra: dict[str, Any] = {"evaluator": evaluator(ours, masks), "visualizer": False}
+    if not ours:
+        extra["pre_processor"] = WTFlow.configure_pre_processor(IMAGE_SIZE)
+        extra["post_processor"] = Squash(enable_normalization=False, enable_thresholding=False)
+    elif row != "WTFlow":
+        extra["image_size"] = IMAGE_SIZE
+    model = ROWS[row].build(**settings_of(row, data), **extra, **more)
+    if memo is not None:
+        memo.wrap(feature_network(model))
+    return model
+
+
+def quiet_engine(folder: str, **kwargs: Any) -> Engine:
+    """Build an engine that writes below ``folder``, prints nothing, and never validates on the test set."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(default_root_dir=folder, limit_val_batches=0, **quiet, **kwargs)
