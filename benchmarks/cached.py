@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from anomalib.metrics.aupro import _AUPRO
-from anomalib_wtflow.settings import get_settings
-from anomalib_wtflow.training.feature_caching import LIMIT_IMAGES
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +19,9 @@ from anomalib_wtflow import WTFlow
 from anomalib_wtflow.features.backbone import FeatureExtractor
 from anomalib_wtflow.flow.schedule import SCHEDULERS
 from anomalib_wtflow.loss import WTFlowLoss
+from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
+from anomalib_wtflow.training.feature_caching import LIMIT_IMAGES
 from benchmarks.common import METRICS, track
 from benchmarks.datasets import data_module, every_fourth_pixel, has_masks
 
