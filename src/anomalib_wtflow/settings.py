@@ -35,7 +35,7 @@ class Rule(NamedTuple):
 
 def one_of(table: Mapping[str, Any]) -> Rule:
     """One of the names of a table."""
-    return Rule(lambda value: value in table, "", tuple(table))
+    return Rule(lambda value: isinstance(value, str) and value in table, "", tuple(table))
 
 
 def number(what: str, interval: str) -> Rule:
@@ -79,7 +79,7 @@ def _is_names(value: Any) -> bool:
 
 TEXT = Rule(lambda value: isinstance(value, str), "a name")
 SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
-ANYTHING = Rule(lambda _: True, "")
+FILE = Rule(lambda value: value is None or isinstance(value, str | Path), "the path of a file")
 SHARE = number("a share", "(0, 1)")._replace(advice="a share between 0 and 1, such as 0.05")
 
 
@@ -117,7 +117,7 @@ class Settings:
     pre_trained: bool = setting(True, SWITCH, "Whether the backbone gets trained weights.", scores=False)
     weights: str | None = setting(
         None,
-        ANYTHING,
+        FILE,
         "Local .safetensors or .pth file with the backbone's weights; null for the packaged ones or timm's hub.",
         scores=False,
     )
@@ -207,7 +207,7 @@ class Settings:
     )
     seed: int = setting(
         0,
-        whole(0),
+        Rule(lambda value: whole(0).holds(value) and value < 2**64, "a whole number from 0 to below 2^64"),
         "Seed of the field's first weights, the order of the batches, times and noise, whatever else draws at random.",
         scores=False,
     )
@@ -276,7 +276,7 @@ def check(name: str, value: Any) -> None:
     if rule.holds(value):
         return
     if rule.names:
-        lookup(dict.fromkeys(rule.names), name.replace("_", " "), value)
+        lookup(dict.fromkeys(rule.names), name.replace("_", " "), str(value))
     msg = f"{name} is {value!r}: choose {rule.advice}."
     raise ValueError(msg)
 

@@ -1,1 +1,1 @@
-"""The method: path, coupling, field, solver, normalisation, regression. Knows torch, scipy and torchdiffeq only."""
+"""The method: path, coupling, field, solver, normalisation, regression. Knows nothing of Lightning or anomalib."""
