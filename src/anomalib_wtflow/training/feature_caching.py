@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic
+from anomalib_wtflow.training.giving_back import GivesBack
 
 LIMIT_IMAGES = 64
 """Training images among which the contrast's limit is the largest mean."""
 SPLITS = ("train_data", "val_data")
 
 
-class FeatureCaching(Callback):
+class FeatureCaching(GivesBack):
     """Fit the normalisation in one pass over the training images, and have the epochs work on features.
 
     In ``setup`` data sets of features take the place of the data module's images, and no worker is asked for, so that
@@ -83,7 +84,8 @@ class FeatureCaching(Callback):
             and is_deterministic(getattr(pre_processor, "transform", None))
         )
 
-    def _give_back(self, trainer: Trainer) -> None:
+    def give_back(self, trainer: Trainer) -> None:
+        """Give the images and the workers back, and remove shared files."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         for name, value in self._given.items():
             # Images that another callback has put back already are more than those that were given here.
@@ -93,17 +95,6 @@ class FeatureCaching(Callback):
         if self._share.folder is not None and trainer.local_rank == 0:
             rmtree(self._share.folder, ignore_errors=True)
         self._share = Share()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the images back to the data module, which other models may use after this one."""
-        del pl_module
-        if stage == "fit":
-            self._give_back(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the images back."""
-        del pl_module, exception
-        self._give_back(trainer)
 
     # Extraction ------------------------------------------------------------------------------------------------------
 
