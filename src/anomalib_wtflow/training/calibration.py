@@ -113,7 +113,7 @@ class Calibration(GivesBack):
         """Give the slice back."""
         if self._full_train_data is not None:
             trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
-        self._full_train_data = None
+        self._full_train_data = self._x0 = None
 
     # Scoring ---------------------------------------------------------------------------------------------------------
 
