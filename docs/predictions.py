@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from anomalib.engine import Engine
-from lightning import seed_everything
 from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, WTFlow
@@ -23,7 +22,6 @@ ROWS = ("image", "ground truth", "anomaly map", "prediction")
 
 def main() -> None:
     """Train, predict on the test set, and draw one image of each kind: the one with the middle score."""
-    seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         data, model = SyntheticParts(Path(folder) / "data"), WTFlow(max_epochs=10)
         engine = Engine(default_root_dir=folder, logger=False)

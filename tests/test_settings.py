@@ -369,3 +369,8 @@ def test_unknown_overrides() -> None:
         WTFlow(overrides={"coupling": "wurst"})
     with pytest.raises(ValueError, match=r"^max_epochs is 0: choose a whole number of at least 1\.$"):
         WTFlow(max_epochs=0)
+
+
+def test_overrides_that_are_no_mapping() -> None:
+    with pytest.raises(ValueError, match=r"^overrides is \['coupling'\]: give settings by name"):
+        WTFlow(overrides=["coupling"])

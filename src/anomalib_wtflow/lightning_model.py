@@ -43,8 +43,8 @@ from anomalib_wtflow.training.seeding import NOISE, generator_for
 class WTFlow(EpochDefault, Exports, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
-    Where an argument is None, the recipe's value holds. Anything given to the trainer (``max_epochs``, ``max_steps``,
-    ``max_time``) wins over ``max_epochs`` here.
+    Where an argument that is None by default is left out, the recipe's value holds. Anything given to the trainer
+    (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
 
     Args:
         recipe: Named settings to start from: ``default``, or ``paper`` for the authors' recipe.
@@ -186,8 +186,9 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
             if isinstance(batch, FeatureBatch)
             else self.model.normalization(self.model.extract(batch.image))  # type: ignore[arg-type]
         )
-        rank = self.trainer.global_rank
-        generator = generator_for(self.settings.seed, NOISE, self.global_step, rank, x0.device)
+        # Batches, not optimiser steps: batches whose gradients are accumulated draw each for itself.
+        place, rank = self.trainer.fit_loop.total_batch_idx, self.global_rank
+        generator = generator_for(self.settings.seed, NOISE, place, rank, x0.device)
         loss = self.loss(*self.model.regress(x0, generator))
         value = loss.item()
         if not math.isfinite(value):
@@ -200,9 +201,12 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
     def validation_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score one batch of images, or of their features."""
         del args, kwargs
-        if isinstance(batch, FeatureBatch):
-            return self._update(batch, self.model.score(batch.features, batch.image_size))  # type: ignore[arg-type]
-        return self._update(batch, self.model(batch.image))
+        predictions: Any = (
+            self.model.score(batch.features, batch.image_size)  # type: ignore[arg-type]
+            if isinstance(batch, FeatureBatch)
+            else self.model(batch.image)
+        )
+        return batch.update(**self._finite(predictions)._asdict())
 
     @torch.no_grad()
     def score_features(self, x0: Tensor, image_size: tuple[int, int]) -> InferenceBatch:
@@ -221,9 +225,6 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
                 yield
         finally:
             field.train(training)
-
-    def _update(self, batch: Batch, predictions: InferenceBatch) -> STEP_OUTPUT:
-        return batch.update(**self._finite(predictions)._asdict())
 
     def _finite(self, predictions: InferenceBatch) -> InferenceBatch:
         score: Any = predictions.pred_score

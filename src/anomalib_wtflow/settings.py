@@ -306,8 +306,11 @@ def get_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a model's overrides, which name none of its own arguments.
 
     Raises:
-        ValueError: If a setting among them is an argument of its own.
+        ValueError: If they are no mapping, or a setting among them is an argument of its own.
     """
+    if not isinstance(overrides, Mapping | None):
+        msg = f"overrides is {overrides!r}: give settings by name, as {{'coupling': 'independent'}}."
+        raise ValueError(msg)
     for name in overrides or {}:
         if name in ARGUMENTS:
             msg = f"'{name}' stands among the overrides: it is an argument of its own, so give it as {option(name)}."

@@ -40,7 +40,7 @@ class WTFlowModel(nn.Module):
         # A number, not a tensor to be read at each call, which would split a compiled graph.
         self.start_scale = self.path.coefficients(torch.tensor(s.start_time)).a.item()
         with torch.random.fork_rng(devices=[]):  # the first weights depend on the seed alone, and disturb nobody else's
-            torch.manual_seed(s.seed)
+            torch.default_generator.manual_seed(s.seed)
             self.feature_extractor = FeatureExtractor(
                 s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.merge
             )

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.features.cache import FeatureBatch, FeatureDataset, FeatureStore, Share, is_deterministic
 from anomalib_wtflow.training.feature_caching import FeatureCaching
-from conftest import as_mvtec, quiet_engine
+from conftest import as_mvtec, callback_of, quiet_engine
 
 
 @pytest.mark.parametrize("budget", [1e9, 0])
@@ -307,3 +307,37 @@ def test_limit_of_the_contrast(parts: SyntheticParts, tmp_path: Path) -> None:
     torch.testing.assert_close(limit, torch.stack(means).max())
     saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]
     assert saved["model.anomaly_map_generator.limit"] == limit
+
+
+@pytest.mark.parametrize("normalization", ["channel", "whitening"])
+def test_mixed_precision_trains_on_cached_features(parts: SyntheticParts, tmp_path: Path, normalization: str) -> None:
+    """Features are kept in float32, whatever the backbone computes in; thresholds are near those of float32."""
+    thresholds = []
+    for each in ("bf16-mixed", "32-true"):
+        model = WTFlow(max_epochs=1, image_size=64, false_alarm_rate=0.3, overrides={"normalization": normalization})
+        quiet_engine(tmp_path, precision=each).fit(model, datamodule=as_mvtec(parts))
+        thresholds.append(float(model.post_processor.image_threshold))
+    assert thresholds[0] == pytest.approx(thresholds[1], rel=0.05)
+
+
+def test_a_loaders_own_sampler_decides_what_the_statistics_see(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Images that it leaves out change neither the normalisation nor the contrast's limit."""
+    parts.setup()
+    chosen = [0, 2, 3, 5, 8, 13]
+    data = parts.train_data
+    means = []
+    for dataset, sampler in ((data, torch.utils.data.SubsetRandomSampler(chosen)), (data.subsample(chosen), None)):
+        loader = torch.utils.data.DataLoader(dataset, 3, sampler=sampler, collate_fn=data.collate_fn)
+        model = WTFlow(**{**SMALL, "max_epochs": 1})
+        quiet_engine(tmp_path).fit(model, loader, parts.val_dataloader())
+        means.append(model.model.normalization.mean)
+        assert len(callback_of(model, FeatureCaching).reference) == 6
+    torch.testing.assert_close(*means)
+
+
+def test_features_are_let_go_of(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Lightning keeps its loaders after a fit; what they held is gone."""
+    model = WTFlow(**{**SMALL, "max_epochs": 1})
+    quiet_engine(tmp_path).fit(model, datamodule=as_mvtec(parts))
+    assert isinstance(model.trainer.train_dataloader.dataset, FeatureDataset)
+    assert model.trainer.train_dataloader.dataset.store is None

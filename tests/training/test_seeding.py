@@ -64,6 +64,23 @@ def test_a_resumed_training_draws_what_an_uninterrupted_one_would(parts: Synthet
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
+def test_accumulated_batches_draw_each_for_itself(parts: SyntheticParts, tmp_path: Path) -> None:
+    """Two batches a step, two steps an epoch: four draws in two epochs, all different."""
+    drawn: list[float] = []
+    model = WTFlow(max_epochs=2, **SMALL)
+    regress = model.model.regress
+
+    def recorded(x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn.append(torch.rand(1, generator=generator.clone_state()).item())
+        return regress(x0, generator)
+
+    model.model.regress = recorded
+    engine = quiet_engine(tmp_path, limit_val_batches=0, accumulate_grad_batches=2)
+    engine.fit(model, datamodule=as_mvtec(parts))
+    assert model.trainer.global_step == 2
+    assert len(set(drawn)) == 4
+
+
 def test_the_order_changes_from_epoch_to_epoch(parts: SyntheticParts, tmp_path: Path) -> None:
     """Each epoch shows every image once, in an order of its own."""
     seen: list[tuple[float, ...]] = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from anomalib.data.utils import LabelName
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from anomalib_wtflow.features.cache import FeatureDataset
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.training.feature_caching import FeatureCaching
+from anomalib_wtflow.training.giving_back import GivesBack
 
 NO_NORMALS = (
     "There are no normal images for the threshold: give at least 2 normal training images, or a validation set with "
@@ -26,7 +27,7 @@ SLICE_SEED = 0
 """Of the slice of the training set, so that trainings with different seeds see the same images."""
 
 
-class Calibration(Callback):
+class Calibration(GivesBack):
     """Set the post-processor's thresholds from normal images that the field is not trained on.
 
     These are the normal images of the validation set, if none of them is also in the test set; else a seeded slice of
@@ -108,21 +109,11 @@ class Calibration(Callback):
         self._full_train_data = train_data
         datamodule.train_data = train_data.subsample(sorted(order[count:]))
 
-    def _give_back(self, trainer: Trainer) -> None:
+    def give_back(self, trainer: Trainer) -> None:
+        """Give the slice back."""
         if self._full_train_data is not None:
             trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
-        self._full_train_data = None
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the slice back to the data module, which other models may use after this one."""
-        del pl_module
-        if stage == "fit":
-            self._give_back(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the slice back."""
-        del pl_module, exception
-        self._give_back(trainer)
+        self._full_train_data = self._x0 = None
 
     # Scoring ---------------------------------------------------------------------------------------------------------
 

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic
+from anomalib_wtflow.training.giving_back import GivesBack
 
 LIMIT_IMAGES = 64
 """Training images among which the contrast's limit is the largest mean."""
 SPLITS = ("train_data", "val_data")
 
 
-class FeatureCaching(Callback):
+class FeatureCaching(GivesBack):
     """Fit the normalisation in one pass over the training images, and have the epochs work on features.
 
     In ``setup`` data sets of features take the place of the data module's images, and no worker is asked for, so that
@@ -47,6 +48,7 @@ class FeatureCaching(Callback):
     def __init__(self, budget: float) -> None:
         self.budget = budget
         self._given: dict[str, Any] = {}
+        self._datasets: list[FeatureDataset] = []
         self._share = Share()
         self._stores = 0
 
@@ -67,7 +69,9 @@ class FeatureCaching(Callback):
         for name in SPLITS:
             if self._can_cache(datamodule, name, pl_module):
                 self._given[name] = getattr(datamodule, name)
-                setattr(datamodule, name, FeatureDataset(self._given[name], truth=name == "val_data"))
+                dataset = FeatureDataset(self._given[name], truth=name == "val_data")
+                self._datasets.append(dataset)
+                setattr(datamodule, name, dataset)
 
     def _can_cache(self, datamodule: Any, name: str, model: Any) -> bool:
         """Whether a data module would show the backbone the same images in each epoch."""
@@ -83,8 +87,12 @@ class FeatureCaching(Callback):
             and is_deterministic(getattr(pre_processor, "transform", None))
         )
 
-    def _give_back(self, trainer: Trainer) -> None:
+    def give_back(self, trainer: Trainer) -> None:
+        """Give the images and the workers back, and remove shared files."""
         datamodule: Any = getattr(trainer, "datamodule", None)
+        for dataset in self._datasets:  # the trainer keeps its loaders, and they these
+            dataset.store = dataset.masks = None
+        self._datasets = []
         for name, value in self._given.items():
             # Images that another callback has put back already are more than those that were given here.
             if name not in SPLITS or isinstance(getattr(datamodule, name), FeatureDataset):
@@ -93,17 +101,6 @@ class FeatureCaching(Callback):
         if self._share.folder is not None and trainer.local_rank == 0:
             rmtree(self._share.folder, ignore_errors=True)
         self._share = Share()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the images back to the data module, which other models may use after this one."""
-        del pl_module
-        if stage == "fit":
-            self._give_back(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the images back."""
-        del pl_module, exception
-        self._give_back(trainer)
 
     # Extraction ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +112,7 @@ class FeatureCaching(Callback):
         """
         if trainer.num_devices > 1:
             name = trainer.strategy.broadcast(f"wtflow-features-{uuid.uuid4().hex}")
-            folder = Path(tempfile.gettempdir()) / str(name)
+            folder = Path(tempfile.gettempdir()) / f"{name}-{trainer.node_rank}"  # nodes may share the folder
             folder.mkdir(exist_ok=True)
             self._share = Share(folder, trainer.local_rank, trainer.num_devices)
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -132,25 +129,39 @@ class FeatureCaching(Callback):
         """
         if "train_data" not in self._given:
             loader: Any = trainer.train_dataloader
-            self._pass_training_images(trainer, pl_module, loader.collate_fn, loader.dataset)
+            known = isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
+            shown = None if known else sorted(set(loader.sampler))
+            self._pass_training_images(trainer, pl_module, loader.collate_fn, loader.dataset, shown)
 
-    def _pass_training_images(self, trainer: Trainer, model: Any, collate_fn: Any, dataset: Any) -> None:
-        """Fit the normalisation, take the reference, and fill the data set if it is one of features."""
+    def _pass_training_images(
+        self, trainer: Trainer, model: Any, collate_fn: Any, dataset: Any, shown: list[int] | None = None
+    ) -> None:
+        """Fit the normalisation, take the reference, and fill the data set if it is one of features.
+
+        Args:
+            trainer: The trainer.
+            model: The model.
+            collate_fn: Makes batches of images.
+            dataset: Images, or an empty data set of features.
+            shown: Which of the images a loader's own sampler shows; None for all.
+        """
         normalization = model.model.normalization
         to_fit = normalization.needs_fit and not (trainer.ckpt_path is not None and normalization.fitted)
-        count = len(dataset)
+        places = range(len(dataset)) if shown is None else shown
+        count = len(places)
         cached = isinstance(dataset, FeatureDataset)
         store = self._store(count) if cached else None
-        chosen = set(torch.linspace(0, count - 1, min(count, LIMIT_IMAGES)).long().tolist())
-        indices = [index for index in self._share.part(count) if cached or to_fit or index in chosen]
+        chosen = {places[k] for k in torch.linspace(0, count - 1, min(count, LIMIT_IMAGES)).long().tolist()}
+        own = [places[k] for k in self._share.part(count)]
+        indices = [index for index in own if cached or to_fit or index in chosen]
         if to_fit:
             normalization.reset()
         reference, position = [], 0
         images = dataset.data if cached else dataset
         for features, batch in self._extract(trainer, model, images, indices, "training", collate_fn):
-            places = [k for k in range(len(features)) if indices[position + k] in chosen]
+            kept = [k for k in range(len(features)) if indices[position + k] in chosen]
             position += len(features)
-            reference.append(features[places].cpu())
+            reference.append(features[kept].cpu())
             self.image_size = tuple(batch.image.shape[-2:])  # type: ignore[union-attr]
             if to_fit:
                 normalization.update(features)
@@ -232,4 +243,5 @@ class FeatureCaching(Callback):
             if isinstance(model.pre_processor, PreProcessor):
                 model.pre_processor.on_validation_batch_start(trainer, model, batch, index)
             with trainer.precision_plugin.val_step_context():
-                yield model.model.extract(batch.image), batch
+                features = model.model.extract(batch.image)
+            yield features.float(), batch

@@ -1,7 +1,8 @@
 """Random numbers that depend on the model's seed and the place in the training, and on nothing else (ours).
 
-Each training step and each epoch has a generator of its own, so that a training that was killed and resumed draws what
-an uninterrupted one would have drawn, and nothing that others draw from torch's global generator matters.
+Each training batch and each epoch has a generator of its own, so that a training that was killed and resumed draws what
+an uninterrupted one would have drawn, and nothing that others draw from torch's global generator matters. (Where images
+are not cached and loader processes bring them, the first epoch's order comes from torch's generator, seeded before.)
 """
 
 import numpy as np
