@@ -169,7 +169,9 @@ def measure_one(cache: Cache, known: list[Line], gives: Line) -> Line:
     for line in known:
         if identity(line, MEASURED) == identity(gives, MEASURED):
             return {**line, **gives}
-    result = cache.result(gives["data"], gives["setting"])
+    point, base = gives["setting"], gives["base"]
+    CONSOLE.print(f"  {label(point, [name for name in base if point[name] != base[name]]) or 'the base'}")
+    result = cache.result(gives["data"], point)
     metrics = measure(result, cache.images(gives["data"]))
     return {"metrics": metrics, "parameters": result.parameters, "seconds": result.seconds}
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks.base import Line, identity, need, put, read, results
 
-CONSOLE = Console(stderr=True, highlight=False, markup=False)
+CONSOLE = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 HELP = {
     "base": "JSON: what differs from WTFlow's defaults",
     "data": "names, folders in MVTec's layout, or CLASS:CATEGORY",
@@ -114,9 +114,8 @@ def measure(jobs: Iterable[Job], key: Sequence[str], given: Namespace) -> None:
         gives = [gives] if isinstance(gives, dict) else gives
         known = {identity(line, key) for line in read(given.output)}
         if given.again or not {identity(line, key) for line in gives} <= known:
-            CONSOLE.print(
-                time.strftime("%H:%M:%S"), *(value for value in gives[0].values() if isinstance(value, str | int))
-            )
+            named = [value for value in gives[0].values() if isinstance(value, str | int)]
+            CONSOLE.print(time.strftime("%H:%M:%S"), *named)
             lines = job()
             lines = [{**gives[0], **lines}] if isinstance(lines, dict) else lines
             put(given.output, [{**line, "machine": machine()} for line in lines], key)

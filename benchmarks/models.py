@@ -23,15 +23,14 @@ from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, packaged_weights
 LAYERS = ("blocks.2", "blocks.4")
 """The layers of anomalib's own models, at strides 8 and 16, as their layer2 and layer3 of a ResNet."""
 IMAGE_SIZE = 256
-SCORES = (("pred_score", "gt_label", "image_"), ("anomaly_map", "gt_mask", "pixel_"))
 
 
 def evaluator(own_threshold: bool, masks: bool = True) -> Evaluator:
-    """Metrics of a model: areas, and F1 at the best threshold; at its own one where it has one; pixels'."""
-    image, pixel = ({"fields": [of, truth], "prefix": prefix} for of, truth, prefix in SCORES)
-    metrics: list[Any] = [metric(**image) for metric in (AUROC, AUPR, F1Max)]
+    """Metrics of images, and of pixels if there are masks: areas, and F1 at the best threshold or the model's own."""
+    image, pixel = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
+    metrics: list[Any] = [metric(fields=image, prefix="image_") for metric in (AUROC, AUPR, F1Max)]
     if masks:
-        metrics += [metric(**pixel) for metric in (AUROC, AUPRO, F1Max)]
+        metrics += [metric(fields=pixel, prefix="pixel_") for metric in (AUROC, AUPRO, F1Max)]
     if own_threshold:
         metrics.append(F1Score(fields=["pred_label", "gt_label"], prefix="image_"))
     return Evaluator(test_metrics=metrics)
