@@ -11,10 +11,20 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Reduce = Callable[[Tensor, str], Tensor]
+"""Reduces a value over the processes of a distributed training, by ``sum`` or ``max``."""
 MAPS = dict.fromkeys(("absolute", "relative"))
 IMAGE_SCORES = dict.fromkeys(("map", "features"))
 WINDOW = 3
 """Side, in positions, of the window over which the values of the ``features``' score are averaged."""
+QUARTER = 4
+"""The level of an image is its value of this rank from below, as a share of all: the lower quartile."""
+SLOPES = (0.75, 1.25)
+"""Range of the slope of the level."""
+MARGIN = 2.0
+"""How far above the highest level of good images the limit lies, in distances of that from their mean level."""
+EQUAL = 1e-10
+"""Variance, relative to the square of the mean, below which levels are equal."""
 
 
 def gaussian(energy: Tensor) -> Tensor:
@@ -30,27 +40,54 @@ def student(energy: Tensor) -> Tensor:
 DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian, "student": student}
 
 
-def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = "gaussian") -> Tensor:
+def density_proxy(
+    y: Tensor, channels: Sequence[int] | None = None, kind: str = "gaussian", detail: Sequence[int] | None = None
+) -> Tensor:
     """``log q(e_l)`` with ``e_l = 1/2 mean_c y_c^2`` over the channels of layer l, at each position.
 
     With one layer and ``gaussian``, ``log q = -1/2 mean_c y_c^2`` (arXiv 2508.05461); layers by themselves are ours.
 
     Args:
-        y: End points of the flow, ``(N, C, H, W)``.
-        channels: Channels of each of the L layers that make up C; None for a single one.
+        y: End points of the flow, ``(N, sum_l C_l r_l^2, H, W)``.
+        channels: Channels C_l of each of the L layers at a position; None for a single layer.
         kind: One of :data:`DENSITIES`.
+        detail: Finer positions a side r_l that each layer has in one of y's, in its channels; None for 1.
 
     Returns:
-        ``(N, L, H, W)``, at most 0; near 0 is normal.
+        ``(N, L, r H, r W)``, r being the largest r_l; coarser layers are up-sampled bilinearly. At most 0; near 0 is
+        normal.
     """
-    log_density = DENSITIES[kind]
     sizes = [y.shape[1]] if channels is None else list(channels)
-    if not torch.compiler.is_exporting():
-        layers = y.split(sizes, dim=1)
-        return log_density(0.5 * torch.cat([layer.square().mean(dim=1, keepdim=True) for layer in layers], dim=1))
-    # One convolution where the graph would hold three operations for each layer.
-    halves = torch.block_diag(*(y.new_full((1, size), 0.5 / size) for size in sizes))
-    return log_density(F.conv2d(y.square(), halves[:, :, None, None]))
+    finer = list(detail or [1] * len(sizes))
+    places = [r * r for r in finer]
+    squares = y.square()
+    if torch.compiler.is_exporting():  # one convolution where the graph would hold three operations for each layer
+        blocks = [
+            torch.eye(count, dtype=y.dtype).repeat(1, size) * (0.5 / size)
+            for size, count in zip(sizes, places, strict=True)
+        ]
+        energy = F.conv2d(squares, torch.block_diag(*blocks).to(y.device)[:, :, None, None])
+    else:
+        layers = squares.split([size * count for size, count in zip(sizes, places, strict=True)], dim=1)
+        means = [
+            layer.unflatten(1, (size, count)).mean(dim=1)
+            for layer, size, count in zip(layers, sizes, places, strict=True)
+        ]
+        energy = 0.5 * torch.cat(means, dim=1)
+    log_density = DENSITIES[kind](energy)
+    if max(finer) == 1:
+        return log_density
+    size = [max(finer) * side for side in y.shape[-2:]]
+    maps = [F.pixel_shuffle(layer, r) for layer, r in zip(log_density.split(places, dim=1), finer, strict=True)]
+    return torch.cat(
+        [
+            layer
+            if r == max(finer)
+            else F.interpolate(layer, size=size, mode="bilinear", align_corners=False)
+            for layer, r in zip(maps, finer, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.device | None = None) -> Tensor:
@@ -90,12 +127,13 @@ class AnomalyMapGenerator(nn.Module):
     can call a wrong part normal. With ``sigma > 0`` the map is then convolved with ``exp(-(i^2 + j^2) / (2 sigma^2))``,
     i and j up to 4 sigma, mirrored at the borders, as in anomalib's PatchCore.
 
-    Score: ``mean of the largest ceil(top_fraction * H * W) values - contrast * min(mean of all, limit)``. Of the map's
-    pixels for ``map`` (the authors', with ``contrast = 0``); for ``features`` (ours) of ``-sum_l (C_l / C) log q_l`` at
-    the features' own positions (the deep layers, which have more channels, decide on the image, and all layers alike
-    on where), averaged over windows of 3 x 3 positions.
-    The limit is the largest mean among training images, see :meth:`observe`: exposure and texture, which move all
-    positions of a good image alike, are taken off, and an image that is foreign all over keeps its score.
+    Score: ``top - slope * min(level, limit)``, top being the mean of the largest ``ceil(top_fraction * H * W)`` values
+    and level the value that three quarters of them exceed. Of the map's pixels for ``map`` (the authors', with
+    ``contrast = 0``); for ``features`` (ours) of ``-sum_l w_l log q_l`` at the features' own positions, w_l in
+    proportion to ``sqrt(C_l)`` (the deep layers, which have more channels, count more in the image's score, and all
+    layers alike in where), averaged over windows of 3 x 3 positions.
+    Exposure, texture and the drift of a process move all positions of a good image alike, and are taken off. How much
+    of them, good images tell: see :meth:`observe`. The limit keeps the score of an image that is foreign all over.
     A NaN makes the score NaN.
 
     Args:
@@ -103,11 +141,12 @@ class AnomalyMapGenerator(nn.Module):
         top_fraction: Share of the values that makes the image score, in (0, 1].
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
         image_score: ``map`` or ``features``.
-        contrast: Share of the image's mean that is taken off, in [0, 1).
+        contrast: Slope, at least 0; None to have it from good images, see :meth:`observe`, and 1 until then.
         channels: Channels C_l of each of the L layers; None for a single one.
     """
 
     weights: Tensor
+    slope: Tensor
     limit: Tensor
 
     def __init__(
@@ -116,7 +155,7 @@ class AnomalyMapGenerator(nn.Module):
         top_fraction: float = 0.03,
         sigma: float = 0.0,
         image_score: str = "map",
-        contrast: float = 0.0,
+        contrast: float | None = 0.0,
         channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -125,8 +164,9 @@ class AnomalyMapGenerator(nn.Module):
         self.sigma = float(sigma)
         self.image_score = image_score
         self.contrast = contrast
-        sizes = torch.tensor([1.0] if channels is None else [float(size) for size in channels])
+        sizes = torch.tensor([1.0] if channels is None else [float(size) for size in channels]).sqrt()
         self.register_buffer("weights", (sizes / sizes.sum()).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("slope", torch.tensor(1.0 if contrast is None else float(contrast)))
         self.register_buffer("limit", torch.tensor(float("inf")))
 
     def forward(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:
@@ -184,23 +224,63 @@ class AnomalyMapGenerator(nn.Module):
         return F.avg_pool2d(values, WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
     def score(self, values: Tensor) -> Tensor:
-        """Mean of the largest ``top_fraction`` of ``(N, 1, H, W)``, less what the contrast takes off: ``(N,)``."""
-        values = values.flatten(1)
-        count = -int(-self.top_fraction * values.shape[1] // 1)
-        top = values.topk(max(1, count), dim=1, sorted=False).values.mean(dim=1)
-        mean = values.mean(dim=1)
-        if self.contrast:
-            top = top - self.contrast * mean.minimum(self.limit)
+        """Score ``(N, 1, H, W)``, ``top - slope * min(level, limit)``: ``(N,)``."""
+        top, level = self.top_and_level(values)
+        score = top if self.contrast == 0 else top - self.slope * level.minimum(self.limit)
         # What a top-k does with NaN depends on the runtime; a broken pixel must not pass as normal in any of them.
-        return torch.where(mean.isnan(), mean, top)
+        mean = values.flatten(1).mean(dim=1)
+        return torch.where(mean.isnan(), mean, score)
+
+    def top_and_level(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of the largest ``top_fraction`` of ``(N, 1, H, W)`` and the level of the rest, ``(N,)``."""
+        values = values.flatten(1)
+        count = max(1, -int(-self.top_fraction * values.shape[1] // 1))
+        if self.contrast == 0:
+            top = values.topk(count, dim=1, sorted=False).values.mean(dim=1)
+            return top, torch.zeros_like(top)
+        exceeded = max(count, values.shape[1] - values.shape[1] // QUARTER)
+        largest = values.topk(exceeded, dim=1).values
+        return largest[:, :count].mean(dim=1), largest[:, -1]
 
     def without_limit(self) -> "AnomalyMapGenerator":
-        """Return a copy without the limit, which goes with the flow that it was observed with."""
+        """Return a copy without slope and limit of its own, which go with the flow that they were observed with."""
         other = copy.deepcopy(self)
         other.limit.fill_(float("inf"))
+        if self.contrast is None:
+            other.slope.fill_(1.0)
         return other
 
-    def observe(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> None:
-        """Set the limit to the largest mean among the training images of ``log q_l``, ``(N, L, H, W)`` (ours)."""
-        means = self.values(log_density, self.map(log_density, image_size)).flatten(1).mean(dim=1)
-        self.limit.copy_(means.max())
+    def observe(
+        self,
+        log_density: Tensor,
+        image_size: tuple[int, int] | torch.Size,
+        reduce: Reduce | None = None,
+    ) -> None:
+        """Set slope and limit from good training images' ``log q_l``, ``(N, L, H, W)`` (ours).
+
+        ``slope = Cov(top, level) / Var(level)``, kept in [0.75, 1.25]: among all slopes, the scores of the good images
+        then spread least. ``limit = max + 2 (max - mean)`` of the levels.
+
+        Args:
+            log_density: ``log q_l`` of good images, ``(N, L, H, W)``; N may be 0 in one of several processes.
+            image_size: Height and width of the model's input.
+            reduce: Reduces a value over the processes of a distributed training, by ``sum`` or ``max``; None for one.
+        """
+        if len(log_density):
+            top, level = self.top_and_level(self.values(log_density, self.map(log_density, image_size)))
+        else:
+            top = level = log_density.new_empty(0)
+        top, level = top.double(), level.double()
+        terms = (torch.ones_like(top), level, top, level * level, level * top)
+        sums = torch.stack([term.sum() for term in terms])
+        largest = level.amax() if len(level) else sums.new_tensor(-torch.inf)
+        if reduce is not None:
+            sums, largest = reduce(sums, "sum"), reduce(largest, "max")
+        count, levels, tops, squares, products = sums
+        mean = levels / count
+        self.limit.copy_(largest + MARGIN * (largest - mean))
+        if self.contrast is None:
+            variance = squares / count - mean.square()
+            slope = (products / count - mean * tops / count) / variance
+            # One image, or images that are all alike, tell no slope.
+            self.slope.copy_(slope.clamp(*SLOPES) if variance > EQUAL * mean.square() else torch.ones_like(slope))

@@ -217,7 +217,7 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluate in training, with its precision; only the field knows the two modes."""
-        field = self.model.field
+        field = self.model.flow_field
         training = field.training
         field.eval()
         try:

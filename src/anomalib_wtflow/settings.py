@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from anomalib_wtflow.anomaly_map import DENSITIES, IMAGE_SCORES, MAPS
-from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, MERGES
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.field import FIELDS
 from anomalib_wtflow.flow.normalization import NORMALIZATIONS
@@ -130,7 +130,9 @@ class Settings:
         3, whole(1, 2, "an odd number"), "Side of the window that the features are averaged over; 1 for none."
     )
     pool_stride: int = setting(1, whole(1), "Stride of that window.")
-    merge: str = setting("coarsest", one_of(MERGES), "Whose size the layers are brought to.")
+    detail: int = setting(
+        2, whole(1), "Positions a side that a finer layer keeps for each position of the coarsest layer."
+    )
     normalization: str = setting(
         "channel",
         one_of(NORMALIZATIONS),
@@ -140,7 +142,7 @@ class Settings:
     # Flow
     network: str = setting("pointwise", one_of(FIELDS), "Vector field, one for each layer; unet is the paper's.")
     width: int | None = setting(
-        None, optional(whole(2, 2, "an even number")), "Its width; null for the network's own: 256, or 48 for unet."
+        None, optional(whole(2, 2, "an even number")), "Its width; null for its own: 256 (96 at a finer layer's positions), or 48 for unet."
     )
     depth: int | None = setting(None, optional(whole(1)), "Its depth; null for the network's own: 1, or 2 for unet.")
     path: str = setting("variance_preserving", one_of(PATHS), "Probability path; the first two are the paper's.")
@@ -172,8 +174,11 @@ class Settings:
     top_fraction: float = setting(
         0.03, number("a share of the values", "(0, 1]"), "Share of the values that makes the image score."
     )
-    contrast: float = setting(
-        0.75, number("a share", "[0, 1)"), "Share of the image's mean that the image score leaves out."
+    contrast: float | None = setting(
+        None,
+        optional(number("a slope", "[0, inf)")),
+        "How much of the image's level (its lower quartile) the image score leaves out; null for the slope in "
+        "[0.75, 1.25] at which good images' scores spread least.",
     )
 
     # Threshold
@@ -192,11 +197,29 @@ class Settings:
     )
 
     # Training
-    max_epochs: int = setting(80, whole(1), "Epochs, unless the trainer is told otherwise.", scores=False)
+    max_epochs: int = setting(120, whole(1), "Most epochs, unless the trainer is told otherwise.", scores=False)
+    plateau: float = setting(
+        0.02,
+        number("a share", "[0, 1)"),
+        "Training stops when the loss of the averaged weights fell by less than this share in the last half of the "
+        "epochs; 0 to train for all of them.",
+        scores=False,
+    )
+    averaging: float = setting(
+        0.2,
+        number("a share", "[0, 1)"),
+        "Share of the training steps, the last ones, over which the weights are averaged; 0 for the last weights.",
+    )
+    importance: float = setting(
+        1.0,
+        number("an exponent", "[0, inf)"),
+        "How much more often rare positions are trained on, as a power of their whitened square; 0 for all alike.",
+        scores=False,
+    )
     learning_rate: float = setting(3e-3, number("a rate", "(0, inf)"), "Peak learning rate of AdamW.", scores=False)
     weight_decay: float = setting(1e-2, number("a decay", "[0, inf)"), "Weight decay of AdamW.", scores=False)
     scheduler: str = setting(
-        "cosine", one_of(SCHEDULERS), "Learning rate over the whole training; step is the paper's.", scores=False
+        "constant", one_of(SCHEDULERS), "Learning rate over the whole training; step is the paper's.", scores=False
     )
     feature_cache: float = setting(
         4.0,
@@ -240,6 +263,8 @@ PAPER = {
     "image_score": "map",
     "contrast": 0.0,
     "max_epochs": 100,
+    "plateau": 0.0,
+    "averaging": 0.0,
     "learning_rate": 1e-4,
     "scheduler": "step",
 }

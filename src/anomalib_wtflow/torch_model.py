@@ -1,16 +1,21 @@
 """WT-Flow in plain torch: features, normalisation, vector field, flow, density proxy, anomaly map."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from anomalib.data import InferenceBatch
 from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
+from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, Reduce, density_proxy
 from anomalib_wtflow.features.backbone import FeatureExtractor
 from anomalib_wtflow.flow.coupling import get_coupling
 from anomalib_wtflow.flow.field import Field, get_field
 from anomalib_wtflow.flow.normalization import get_normalization
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.flow.regression import regress, thin
+from anomalib_wtflow.flow.regression import regress
+from anomalib_wtflow.flow.sampling import PositionSampling
 from anomalib_wtflow.flow.solver import get_solver
 from anomalib_wtflow.settings import Settings
 
@@ -42,18 +47,44 @@ class WTFlowModel(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the first weights depend on the seed alone, and disturb nobody else's
             torch.default_generator.manual_seed(s.seed)
             self.feature_extractor = FeatureExtractor(
-                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.merge
+                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.detail
             )
-            self.channels = self.feature_extractor.channels
+            self.channels, self.detail = self.feature_extractor.channels, self.feature_extractor.detail
             self.anomaly_map_generator = AnomalyMapGenerator(
                 s.anomaly_map, s.top_fraction, s.sigma, s.image_score, s.contrast, self.channels
             )
-            self.normalization = get_normalization(s.normalization, sum(self.channels))
+            self.normalization = get_normalization(s.normalization, self.feature_extractor.out_channels)
             self.field = self.build_field()
+        self.sampling = PositionSampling(self.channels, self.detail, s.importance) if self.field.pointwise else None
+        self.averaged = averaged_over(self.field, s.averaging) if s.averaging else None
 
     def build_field(self) -> Field:
         """Build an untrained vector field for this model's features."""
-        return get_field(self.settings.network, self.channels, self.settings.width, self.settings.depth)
+        s = self.settings
+        return get_field(s.network, self.channels, s.width, s.depth, self.detail)
+
+    @property
+    def flow_field(self) -> Field:
+        """The field that the flow follows: the averaged one, or the one that is trained if there is no averaging."""
+        return self.field if self.averaged is None else self.averaged.module  # type: ignore[return-value]
+
+    def average(self) -> None:
+        """Take the present weights of the trained field into the average, after a training step."""
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.field)
+
+    def fit_normalization(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
+        """Estimate the normalisation, and which positions are rare, from the features that it was updated with.
+
+        Args:
+            reduce: Adds a sum up over the processes of a distributed training.
+
+        Raises:
+            ValueError: If there are no features.
+        """
+        covariance = self.normalization.finalize(reduce)  # type: ignore[operator]
+        if self.sampling is not None:
+            self.sampling.fit(covariance)
 
     def extract(self, images: Tensor) -> Tensor:
         """Return the backbone's features of pre-processed images ``(N, 3, H, W)``, as ``(N, C, H', W')``.
@@ -73,18 +104,23 @@ class WTFlowModel(nn.Module):
             raise ValueError(msg)
         return features
 
-    def regress(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def regress(
+        self, x0: Tensor, generator: Generator | None = None, *, averaged: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Draw times and noise, and return the field's prediction and the velocity that it should match.
 
         Args:
             x0: Normalised features ``(N, C, H, W)``.
             generator: Draws positions, times and noise, on the features' device; None for torch's own.
+            averaged: Whether the averaged field predicts, not the one that is trained.
 
         Returns:
-            ``v_theta(x_t, t)`` and ``u_t``, each ``(N, C, H', W')``; a pointwise field sees every second position.
+            ``v_theta(x_t, t)`` and ``u_t``, ``(N, C, H, W)`` each; of the drawn positions where the field is pointwise.
         """
-        thinned = thin(x0, generator) if self.field.pointwise else x0
-        return regress(self.field, thinned, self.path, self.coupling, generator)
+        field = self.flow_field if averaged else self.field
+        if self.sampling is None:
+            return regress(field, x0, self.path, self.coupling, generator)
+        return regress(field.points, self.sampling(x0, generator), self.path, self.coupling, generator)
 
     def flow(self, x0: Tensor) -> Tensor:
         """Carry normalised features ``(N, C, H, W)`` along the learnt field; near 0 is normal.
@@ -93,17 +129,23 @@ class WTFlowModel(nn.Module):
         velocity from the start time on, followed for one unit of time. With ``t_s = 0`` and one Euler step it is the
         paper's one-step inference ``y = x0 + v(x0, 0)``; a later start is ours.
         """
-        return x0 + self.solver.mean_velocity(self.field, self.start_scale * x0, self.settings.start_time, 1.0)
+        return x0 + self.solver.mean_velocity(self.flow_field, self.start_scale * x0, self.settings.start_time, 1.0)
 
     def log_density(self, y: Tensor) -> Tensor:
-        """Density proxy of end points ``(N, C, H, W)`` in each of the L layers, ``(N, L, H, W)``."""
-        return density_proxy(y, self.channels, self.settings.density)
+        """Density proxy of end points ``(N, C, H, W)`` in each of the L layers, ``(N, L, r H, r W)``."""
+        return density_proxy(y, self.channels, self.settings.density, self.detail)
 
     @torch.no_grad()
-    def observe(self, x0: Tensor, image_size: tuple[int, int] | torch.Size) -> None:
-        """Set the limit of the contrast from normalised features ``(N, C, H, W)`` of training images."""
-        parts = [self.log_density(self.flow(part)) for part in x0.split(16)]
-        self.anomaly_map_generator.observe(torch.cat(parts), image_size)
+    def observe(self, x0: Tensor, image_size: tuple[int, int] | torch.Size, reduce: Reduce | None = None) -> None:
+        """Set slope and limit of the contrast from normalised features ``(N, C, H, W)`` of training images.
+
+        Args:
+            x0: The features; N may be 0 in one of several processes.
+            image_size: Height and width of the images.
+            reduce: Reduces a value over the processes of a distributed training, by ``sum`` or ``max``.
+        """
+        parts = [self.log_density(self.flow(part)) for part in x0.split(16)] if len(x0) else [torch.empty(0)]
+        self.anomaly_map_generator.observe(torch.cat(parts), image_size, reduce)
 
     def score(self, x0: Tensor, image_size: tuple[int, int] | torch.Size) -> InferenceBatch:
         """Score normalised features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width)."""
@@ -132,3 +174,18 @@ class WTFlowModel(nn.Module):
         if self.training:
             return self.regress(self.normalization(features))
         return self.predict(features, images.shape[-2:])
+
+
+def averaged_over(field: nn.Module, share: float) -> AveragedModel:
+    """Build the running average of a field's weights over about the last ``share`` of the training steps (ours).
+
+    ``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + share n)`` after step n, so that the beginning is forgotten however long
+    the training goes on, and its end need not be known.
+    """
+
+    averaged = AveragedModel(field, multi_avg_fn=partial(_average, share))
+    return averaged.requires_grad_(requires_grad=False)
+
+
+def _average(share: float, average: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int) -> None:
+    torch._foreach_lerp_(list(average), list(current), 1 / (1 + share * int(steps)))  # noqa: SLF001

@@ -36,4 +36,5 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, sho
         settings.learning_rate,
         settings.weight_decay,
         description=title if show.shown else None,
+        sampling=model.model.sampling,
     )

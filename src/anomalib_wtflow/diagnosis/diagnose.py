@@ -71,7 +71,7 @@ def diagnose(
 
     images = list(score_images(model, test_data, show))
     steps = trained_steps if control_steps is None else control_steps
-    fields: dict[str, nn.Module] = {model.settings.coupling: model.model.field}
+    fields: dict[str, nn.Module] = {model.settings.coupling: model.model.flow_field}
     if train_data is not None and steps > 0 and model.settings.coupling != "independent":
         batch_size = math.ceil(len(train_data) / steps_per_epoch) if steps_per_epoch else 32
         fields["independent"] = fit_control(model, train_data, steps, batch_size, show)

@@ -86,14 +86,14 @@ def log_density_numbers(
     torch_model = model.model
     start = model.settings.start_time
     scale = torch_model.start_scale
-    pointwise = torch_model.field.pointwise
+    pointwise = torch_model.flow_field.pointwise
     generator = torch_model.anomaly_map_generator.without_limit()
     scores: dict[str, list[list[float]]] = {}
     for image in show(images, "Log-density along the flow", len(images)):
         x = scale * image.x0[None].to(model.device)
         _, channels, height, width = x.shape
         samples = x.movedim(1, -1).reshape(-1, channels, 1, 1) if pointwise else x
-        values = log_density_along_flow(torch_model.field, samples, start, 1.0, method, solver=LOG_DENSITY_SOLVER)
+        values = log_density_along_flow(torch_model.flow_field, samples, start, 1.0, method, solver=LOG_DENSITY_SOLVER)
         log_p = values.view(1, 1, height, width) / channels
         _, score = generator(log_p, image.anomaly_map.shape)
         scores.setdefault(image.kind, []).append([image.score, score.item()])

@@ -85,6 +85,8 @@ class PointwiseField(nn.Module):
             h = z = h + outer(F.silu(inner(z) + time(embedding)[:, :, None, None]))
         return self.head(F.silu(h))
 
+    points = forward
+
 
 class ResidualBlock(nn.Module):
     """``shortcut(h) + (conv3x3-BN-ReLU)^2(h + T emb(t))``, as the authors' blocks.
@@ -166,42 +168,77 @@ class LayerwiseField(nn.Module):
     """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network of its own for each layer of the features (ours).
 
     The density is then a product over the layers: what is strange in one layer is not explained away by another.
+    A layer of detail r holds ``r x r`` finer positions in the ``C_l r^2`` channels of one of the grid, in the order of
+    ``pixel_unshuffle``; its network works at the finer ones.
 
     Args:
         fields: Networks v_l.
-        channels: Channels of each x_l.
+        channels: Channels C_l that each network sees at a position.
+        detail: Finer positions a side r of each layer; None for 1.
     """
 
-    def __init__(self, fields: Sequence[PointwiseField | UNetField], channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        fields: Sequence[PointwiseField | UNetField],
+        channels: Sequence[int],
+        detail: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.fields = nn.ModuleList(fields)
         self.channels = list(channels)
+        self.detail = list(detail or [1] * len(self.channels))
         self.min_size = max(field.min_size for field in fields)
         self.pointwise = all(field.pointwise for field in fields)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)`` or ``(1,)``."""
+        """Return the velocity at points ``(N, sum_l C_l r_l^2, H, W)`` and times ``(N,)`` or ``(1,)``."""
+        layers = x.split(stacked(self.channels, self.detail), dim=1)
+        velocities = [
+            F.pixel_unshuffle(field(F.pixel_shuffle(layer, r), t), r) if r > 1 else field(layer, t)
+            for field, layer, r in zip(self.fields, layers, self.detail, strict=True)
+        ]
+        return torch.cat(velocities, dim=1)
+
+    def points(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity at single positions of each layer, ``(N, sum_l C_l, P, 1)``, of pointwise networks."""
         layers = x.split(self.channels, dim=1)
         return torch.cat([field(layer, t) for field, layer in zip(self.fields, layers, strict=True)], dim=1)
 
 
+def stacked(channels: Sequence[int], detail: Sequence[int]) -> list[int]:
+    """Return ``C_l r_l^2``: how many channels of the features each layer takes."""
+    return [size * r * r for size, r in zip(channels, detail, strict=True)]
+
+
 Field = PointwiseField | UNetField | LayerwiseField
 FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
+FINE_WIDTH = 96
+"""Width of a pointwise network that works at finer positions, of which there are more."""
 
 
-def get_field(name: str, channels: Sequence[int], width: int | None = None, depth: int | None = None) -> Field:
+def get_field(
+    name: str,
+    channels: Sequence[int],
+    width: int | None = None,
+    depth: int | None = None,
+    detail: Sequence[int] | None = None,
+) -> Field:
     """Build a vector field by name, with a network of its own for each layer of the features.
 
     Args:
         name: ``pointwise`` or ``unet``.
-        channels: Channels of each layer.
-        width: Width of each network, even; None for its own default.
+        channels: Channels of each layer at a position.
+        width: Width of each network, even; None for its own default: 96 for pointwise ones at finer positions.
         depth: Depth of each network; None for its own default.
+        detail: Finer positions a side of each layer, see :class:`LayerwiseField`; None for 1.
 
     Raises:
         ValueError: If the name is unknown.
     """
     build = lookup(FIELDS, "network", name)
-    sizes = {key: value for key, value in (("width", width), ("depth", depth)) if value is not None}
-    networks = [build(size, **sizes) for size in channels]
-    return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels)
+    depths = {} if depth is None else {"depth": depth}
+    networks = []
+    for size, r in zip(channels, detail or [1] * len(channels), strict=True):
+        chosen = FINE_WIDTH if width is None and r > 1 and name == "pointwise" else width
+        networks.append(build(size, **depths, **({} if chosen is None else {"width": chosen})))
+    return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels, detail)

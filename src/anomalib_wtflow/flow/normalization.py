@@ -8,6 +8,17 @@ from torch import Tensor, nn
 from anomalib_wtflow.flow.registry import lookup
 
 
+def whitening_matrix(covariance: Tensor, ridge: float = 1e-2) -> Tensor:
+    """``U diag((l + r mean(l))^-1/2) U^T`` from the eigenvalues l of a covariance: the symmetric (ZCA) square root.
+
+    The ridge r keeps directions that the training images hardly use from blowing up.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0)
+    scale = (values + ridge * values.mean() + torch.finfo(torch.float32).tiny).rsqrt()
+    return vectors @ torch.diag(scale) @ vectors.T
+
+
 class LayerNormalization(nn.Module):
     """``(x - mean) / std`` over (C, H, W) of each image, without parameters: norm exactly ``sqrt(D)`` (the authors').
 
@@ -32,8 +43,7 @@ class LayerNormalization(nn.Module):
 class Whitening(nn.Module):
     """``W (x - m)`` at each position, m and S being the training features' mean and covariance (ours).
 
-    ``W = U diag((l + r mean(l))^-1/2) U^T`` from the eigenvalues l of S, the symmetric (ZCA) square root; the ridge r
-    keeps directions that the training images hardly use from blowing up.
+    W is the :func:`whitening_matrix` of S.
 
     Args:
         channels: Number of channels C.
@@ -80,11 +90,14 @@ class Whitening(nn.Module):
         for total, term in zip(self.sums, (torch.tensor(float(len(rows))), rows.sum(0), rows.T @ rows), strict=True):
             total += term
 
-    def finalize(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> None:
+    def finalize(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
         """Estimate the mean and the whitening matrix from the sums, and forget the sums.
 
         Args:
             reduce: Adds a sum up over the processes of a distributed training.
+
+        Returns:
+            The covariance of the normalised features, ``(C, C)``, in float64.
 
         Raises:
             ValueError: If there are no features.
@@ -94,16 +107,16 @@ class Whitening(nn.Module):
             msg = "There are no features to normalise with: the training set is empty."
             raise ValueError(msg)
         mean = total / count
+        covariance = outer / count - torch.outer(mean, mean)
+        weight = self._matrix(covariance)
         self.mean.copy_(mean)
-        self.weight.copy_(self._matrix(outer / count - torch.outer(mean, mean)))
+        self.weight.copy_(weight)
         self._fitted.fill_(True)
         self.reset()
+        return weight @ covariance @ weight.T
 
     def _matrix(self, covariance: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(covariance)
-        values = values.clamp(min=0)
-        scale = (values + self.ridge * values.mean() + torch.finfo(torch.float32).tiny).rsqrt()
-        return vectors @ torch.diag(scale) @ vectors.T
+        return whitening_matrix(covariance, self.ridge)
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise ``(N, C, H, W)``."""

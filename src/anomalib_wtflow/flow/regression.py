@@ -10,26 +10,9 @@ from anomalib_wtflow.flow.coupling import Coupling
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.schedule import cosine
 
-THINNING = 2
-"""Stride of the positions that a training step takes."""
-
-
 def matching_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
     """``mean || v_theta(x_t, t) - u_t ||^2`` per element: conditional flow matching (arXiv 2508.05461v3)."""
     return nn.functional.mse_loss(prediction, velocity)
-
-
-def thin(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Keep every second position of ``(N, C, H, W)`` in each direction, from an offset drawn at random (ours).
-
-    A pointwise field learns the same from neighbouring positions, which are much alike, and a training step costs a
-    quarter. Maps of a single row or column stay whole.
-    """
-    if min(x.shape[-2:]) < THINNING:
-        return x
-    device = generator.device if generator is not None else None
-    top, left = torch.randint(THINNING, (2,), generator=generator, device=device).tolist()
-    return x[..., top::THINNING, left::THINNING]
 
 
 def regress(
@@ -69,13 +52,14 @@ def fit_field(
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-2,
     description: str | None = None,
+    sampling: Callable[[Tensor], Tensor] | None = None,
 ) -> nn.Module:
     """Minimise ``E || v_theta(x_t, t) - u_t ||^2`` over features in memory; AdamW under a cosine schedule.
 
-    What :class:`anomalib_wtflow.WTFlow` does by default, without the engine: for controls and small experiments.
+    For controls and small experiments, without the engine.
 
     Args:
-        field: Vector field; trained in place, and left in evaluation mode. A pointwise one sees thinned maps.
+        field: Vector field; trained in place, and left in evaluation mode.
         x0: Normalised features, ``(M, C, H, W)``; batches are drawn from them with replacement.
         path: Probability path.
         coupling: Which noise goes with which data.
@@ -84,6 +68,7 @@ def fit_field(
         learning_rate: Peak learning rate.
         weight_decay: Weight decay.
         description: Title of the progress bar; None for no bar.
+        sampling: Draws the positions that a pointwise field sees in a step; None for all.
 
     Returns:
         The field.
@@ -94,7 +79,8 @@ def fit_field(
     for _ in track(range(steps), description=description or "", transient=True, disable=description is None):
         batch = x0[torch.randint(len(x0), (batch_size,), device=x0.device)]
         optimizer.zero_grad()
-        matching_loss(*regress(field, thin(batch) if field.pointwise else batch, path, coupling)).backward()
+        velocity, shown = (field, batch) if sampling is None else (field.points, sampling(batch))
+        matching_loss(*regress(velocity, shown, path, coupling)).backward()
         optimizer.step()
         scheduler.step()
     return field.eval()

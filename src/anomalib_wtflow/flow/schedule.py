@@ -16,5 +16,11 @@ def step(total: float) -> Schedule:
     return lambda step: 0.1 ** min(int(3 * step / total), 2)
 
 
-SCHEDULERS: dict[str, Callable[[float], Schedule]] = {"cosine": cosine, "step": step}
+def constant(total: float) -> Schedule:
+    """1: the weights that are averaged over the training (ours) need no decay, and no end to be known."""
+    del total
+    return lambda step: 1.0
+
+
+SCHEDULERS: dict[str, Callable[[float], Schedule]] = {"constant": constant, "cosine": cosine, "step": step}
 """Each takes the total number of steps K, possibly infinite, and gives the factor on the learning rate at step k."""

@@ -5,24 +5,27 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.training.averaging import WeightAveraging
 from anomalib_wtflow.training.batch_check import BatchCheck
 from anomalib_wtflow.training.calibration import Calibration
-from anomalib_wtflow.training.contrast_limit import ContrastLimit
+from anomalib_wtflow.training.contrast import Contrast
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.image_check import ImageCheck
+from anomalib_wtflow.training.plateau import Plateau
 from anomalib_wtflow.training.seeding import SeededOrder
 
 
 def of(model: Any) -> list[Callback]:
     """Build the callbacks of a model, anew for each run, so that none knows anything of the one before.
 
-    The limit of the contrast goes before the thresholds, which depend on it. They are held out before features take the
-    images' place. The check of the images comes last: when something has failed it raises, after the others have put
+    Averaged weights come first, then the contrast, which depends on them, then the thresholds, which depend on it. They
+    are held out before features take the images' place. The check of the images comes last: when something has failed it raises, after the others have put
     the data module in order.
     """
     settings, post_processor = model.settings, model.post_processor
     caching = FeatureCaching(settings.feature_cache)
-    result: list[Callback] = [ContrastLimit(caching)]
+    result: list[Callback] = [WeightAveraging(), Contrast(caching)]
     if isinstance(post_processor, WTFlowPostProcessor):
         result.append(Calibration(post_processor, settings.calibration_ratio, caching))
-    return [*result, caching, SeededOrder(settings.seed), BatchCheck(), ImageCheck()]
+    result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau)]
+    return [*result, BatchCheck(), ImageCheck()]

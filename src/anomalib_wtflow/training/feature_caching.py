@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic
 from anomalib_wtflow.training.giving_back import GivesBack
 
-LIMIT_IMAGES = 64
-"""Training images among which the contrast's limit is the largest mean."""
+REFERENCE_IMAGES = 96
+"""Training images that the contrast and the end of the training are told from."""
 SPLITS = ("train_data", "val_data")
 
 
@@ -151,7 +151,7 @@ class FeatureCaching(GivesBack):
         count = len(places)
         cached = isinstance(dataset, FeatureDataset)
         store = self._store(count) if cached else None
-        chosen = {places[k] for k in torch.linspace(0, count - 1, min(count, LIMIT_IMAGES)).long().tolist()}
+        chosen = {places[k] for k in torch.linspace(0, count - 1, min(count, REFERENCE_IMAGES)).long().tolist()}
         own = [places[k] for k in self._share.part(count)]
         indices = [index for index in own if cached or to_fit or index in chosen]
         if to_fit:
@@ -168,7 +168,7 @@ class FeatureCaching(GivesBack):
             if store is not None:
                 store.append(features)
         if to_fit:
-            self._finalize(trainer, model, normalization)
+            self._finalize(trainer, model)
 
         def normalise(part: Tensor) -> Tensor:
             return normalization(part.to(model.device)).cpu()
@@ -181,12 +181,12 @@ class FeatureCaching(GivesBack):
             dataset.store, dataset.image_size = store, self.image_size
 
     @staticmethod
-    def _finalize(trainer: Trainer, model: Any, normalization: Any) -> None:
+    def _finalize(trainer: Trainer, model: Any) -> None:
         if trainer.world_size == 1:
-            normalization.finalize()
+            model.model.fit_normalization()
             return
         reduce = trainer.strategy.reduce
-        normalization.finalize(lambda total: reduce(total.to(model.device), reduce_op="sum"))
+        model.model.fit_normalization(lambda total: reduce(total.to(model.device), reduce_op="sum"))
 
     def extract(self, trainer: Trainer, model: Any, data: Any, kind: str) -> FeatureDataset:
         """Return the normalised features of an anomalib data set, which the processes of a machine share."""

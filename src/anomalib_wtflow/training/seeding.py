@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Generator
 from torch.utils.data import DistributedSampler, RandomSampler
 
-ORDER, NOISE = 0, 1
+ORDER, NOISE, PLATEAU = 0, 1, 2
 """What the numbers are for."""
 
 

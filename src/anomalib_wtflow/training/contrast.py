@@ -1,15 +1,16 @@
-"""The contrast's limit, which goes with the weights."""
+"""Slope and limit of the contrast, which go with the weights."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 
 
-class ContrastLimit(Callback):
-    """Set the limit of the contrast from training images, before anything is scored or saved with new weights.
+class Contrast(Callback):
+    """Set slope and limit of the contrast from training images, before anything is scored or saved with new weights.
 
     Args:
         caching: Holds the features of some training images.
@@ -20,17 +21,16 @@ class ContrastLimit(Callback):
         self._observed_at = -1
 
     def observe(self, trainer: Trainer, model: Any) -> None:
-        """Set the limit for the present weights, while training; once a step."""
+        """Set them for the present weights, while training; once a step."""
         if trainer.state.fn != TrainerFn.FITTING or self._observed_at == trainer.global_step:
             return
-        limit = model.model.anomaly_map_generator.limit
-        if len(self.caching.reference):
-            with model.evaluating():
-                model.model.observe(self.caching.reference.to(model.device), self.caching.image_size)
-        else:  # more processes than training images
-            limit.fill_(-float("inf"))
-        if trainer.world_size > 1:
-            limit.copy_(trainer.strategy.reduce(limit, reduce_op="max"))
+
+        def reduce(value: Tensor, operation: str) -> Tensor:
+            return trainer.strategy.reduce(value.to(model.device), reduce_op=operation).to(value.device)
+
+        with model.evaluating():
+            reference = self.caching.reference.to(model.device)
+            model.model.observe(reference, self.caching.image_size, reduce if trainer.world_size > 1 else None)
         self._observed_at = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

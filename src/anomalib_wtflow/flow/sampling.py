@@ -1,0 +1,74 @@
+"""Which positions of the features a training step sees."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from anomalib_wtflow.flow.field import stacked
+from anomalib_wtflow.flow.normalization import whitening_matrix
+
+SHARE = 4
+"""A step sees as many positions of each layer as the grid has, divided by this."""
+
+
+class PositionSampling(nn.Module):
+    """Draw positions with a probability in proportion to ``(1/C_l || W_l x ||^2)^importance``, layer by layer (ours).
+
+    W_l whitens the layer's training features, so a position counts the more, the rarer it is under a Gaussian. Most
+    positions of good images are alike (background, plain surface), and a field that is trained on all of them equally
+    learns rare normal ones (edges, threads, corners) last, and calls them anomalous until then. The path, the noise
+    and the loss stay as they are: what changes is the distribution of the data. PatchCore's greedy coreset does the
+    like by choosing patches that are far from each other.
+
+    Args:
+        channels: Channels C_l of each layer at a position.
+        detail: Finer positions a side of each layer, see :class:`anomalib_wtflow.flow.field.LayerwiseField`.
+        importance: 0 for all positions alike.
+    """
+
+    def __init__(self, channels: Sequence[int], detail: Sequence[int], importance: float = 1.0) -> None:
+        super().__init__()
+        self.channels, self.detail, self.importance = list(channels), list(detail), importance
+        for index, size in enumerate(channels):
+            self.register_buffer(f"whitening_{index}", torch.eye(size))
+
+    @property
+    def whitening(self) -> list[Tensor]:
+        """W_l of each layer, ``(C_l, C_l)``."""
+        return [self.get_buffer(f"whitening_{index}") for index in range(len(self.channels))]
+
+    def fit(self, covariance: Tensor) -> None:
+        """Set W_l from the covariance of the normalised training features, whose mean is 0.
+
+        Args:
+            covariance: Of all stacked channels, ``(sum_l C_l r_l^2,) * 2``; a layer's is averaged over its positions.
+        """
+        sizes = stacked(self.channels, self.detail)
+        places = torch.arange(sum(sizes)).split(sizes)
+        for weight, place, size in zip(self.whitening, places, self.channels, strict=True):
+            block = covariance[place][:, place].view(size, place.numel() // size, size, -1)
+            weight.copy_(whitening_matrix(block.diagonal(dim1=1, dim2=3).mean(dim=-1)))
+
+    def forward(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
+        """Draw positions, with replacement, from normalised features.
+
+        Args:
+            x0: ``(N, sum_l C_l r_l^2, H, W)``.
+            generator: Draws them, on the features' device; None for torch's own.
+
+        Returns:
+            ``(N, sum_l C_l, P, 1)`` with ``P = ceil(H W / 4)``; each layer has drawn positions of its own.
+        """
+        count = -(-x0.shape[-2] * x0.shape[-1] // SHARE)
+        parts = []
+        layers = x0.split(stacked(self.channels, self.detail), dim=1)
+        for layer, weight, r in zip(layers, self.whitening, self.detail, strict=True):
+            points = F.pixel_shuffle(layer, r).flatten(2)
+            rarity = (weight @ points).square().mean(dim=1) ** self.importance
+            # No weight at all would leave nothing to draw from.
+            rarity = rarity.clamp(min=torch.finfo(rarity.dtype).tiny)
+            places = torch.multinomial(rarity, count, replacement=True, generator=generator)
+            parts.append(points.gather(2, places[:, None].expand(-1, points.shape[1], -1)))
+        return torch.cat(parts, dim=1)[..., None]
