@@ -41,17 +41,17 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "layers": vary("layers", LAYERS[2:3], LAYERS[1:3], LAYERS[:3], LAYERS),
     "density": vary("density", "gaussian", "student"),
     "image score": [
-        *vary("contrast", 0.0, 0.25, 0.5, 0.75),
+        *vary("contrast", None, 0.0, 0.75, 1.0, 1.25),
         *vary("limit", False),
         *vary("image_score", "map"),
         {"image_score": "map", "contrast": 0.0},
         *vary("top_fraction", 0.01, 0.1),
     ],
+    "detail": vary("detail", 1, 2),
+    "importance": vary("importance", 0.0, 0.5, 1.0),
+    "averaging": [{"averaging": 0.2}, {"averaging": 0.0, "scheduler": "cosine"}],
     "map": [*vary("sigma", 0.0, 2.0, 4.0, 6.0, 8.0), *vary("anomaly_map", "relative")],
     "start": [*vary("start_time", 0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), *vary("steps", 2, 4)],
-    "start and contrast": [
-        {"start_time": time, "contrast": share} for time in (0.25, 0.3, 0.35, 0.4) for share in (0.5, 0.75)
-    ],
     "coupling": vary("coupling", "independent", "worst", "worst_of_two", "antipodal"),
     "path": vary("path", "linear", "gaussian", "variance_preserving"),
     "normalization": [
@@ -60,9 +60,8 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "network": [{"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
-    "training": [*vary("max_epochs", 10, 20, 40, 80), *vary("learning_rate", 1e-3), *vary("scheduler", "step")],
+    "training": [*vary("max_epochs", 10, 20, 40, 80, 160), *vary("learning_rate", 1e-3), *vary("scheduler", "step")],
     "pool": vary("pool_size", 1, 3, 5),
-    "time": vary("blocks", 1, 2),
 }
 OPTIONS = {"factors": tuple(FACTORS), "data": REAL, "seeds": (0,), "base": {}}
 QUICK = {"factors": ["coupling"], "data": ["mvtec_bottle"]}
@@ -158,7 +157,7 @@ def winner(lines: list[Line], base: Point) -> Point:
     def order(name: str) -> tuple[float, ...]:
         setting, parameters = allowed[name]["setting"], allowed[name]["parameters"]
         changes = sum(setting[k] != v for k, v in base.items())
-        flow = parameters * setting["side"] ** 2 * setting["steps"] * setting["max_epochs"]
+        flow = parameters * setting["steps"] * setting["max_epochs"]
         return parameters, flow, setting["sigma"], changes
 
     return allowed[min((name for name, rank in ranks.items() if rank < best + TIE), key=order)]["setting"]

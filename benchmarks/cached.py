@@ -13,7 +13,6 @@ import torch
 from anomalib.metrics.aupro import _AUPRO
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
-from torch.nn import functional as F
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.features.backbone import FeatureExtractor
@@ -21,7 +20,9 @@ from anomalib_wtflow.flow.schedule import SCHEDULERS
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
-from anomalib_wtflow.training.feature_caching import LIMIT_IMAGES
+from anomalib_wtflow.training.calibration import SLICE_SEED
+from anomalib_wtflow.training.feature_caching import REFERENCE_IMAGES
+from anomalib_wtflow.training.plateau import has_settled, matching_loss_of
 from benchmarks.common import METRICS, track
 from benchmarks.datasets import data_module, every_fourth_pixel, has_masks
 
@@ -29,14 +30,13 @@ LAYERS = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
 """At strides 4, 8, 16 and 32."""
 MAP = (256, 256)
 BATCH = 32
-EXTRAS = {"side": 16, "ridge": 0.01, "blocks": 1, "limit": True}
-"""Side of the features, ridge of the normalisation, into how many blocks a side each map is cut for training, so that
-each draws its own time, and whether the contrast has its limit."""
+EXTRAS = {"ridge": 0.01, "limit": True}
+"""Ridge of the normalisation, and whether the contrast has its limit."""
 SCORE = ("density", "anomaly_map", "sigma", "top_fraction", "image_score", "contrast", "limit")
 """What turns end points of the flow into a map and a score."""
 INFERENCE = ("start_time", "steps", *SCORE)
 """What does not need another training."""
-FEATURES = ("layers", "side", "pool_size", "normalization", "ridge", *SCORE)
+FEATURES = ("layers", "detail", "pool_size", "normalization", "ridge", *SCORE)
 """What the control without a flow, whose start time is None, depends on."""
 Point = dict[str, Any]
 
@@ -73,13 +73,19 @@ def start(**changes: Any) -> Point:
     return {**point, **changes}
 
 
+def held_out(count: int) -> tuple[list[int], list[int]]:
+    """Return which of the training images WTFlow holds out for its threshold, a fifth, and which it keeps."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SLICE_SEED)).tolist()
+    held = max(1, round(get_settings().calibration_ratio * count))
+    return sorted(order[:held]), sorted(order[held:])
+
+
 def load(name: str) -> Images:
     """Extract all layers of a data set, in float16; of the training images, the 80 % that WTFlow keeps."""
     module = data_module(name)
     extractor = FeatureExtractor(layers=LAYERS)
     transform = WTFlow.configure_pre_processor().transform
-    order = torch.randperm(len(module.train_data), generator=torch.Generator().manual_seed(0)).tolist()
-    kept = sorted(order[round(0.2 * len(order)) :])
+    _, kept = held_out(len(module.train_data))
     train, test, labels, masks = [], [], [], []
     for index in track([*kept, *range(len(module.test_data))], name):
         testing = len(train) == len(kept)
@@ -93,30 +99,24 @@ def load(name: str) -> Images:
     return Images(*maps, torch.tensor(labels), torch.stack(masks) if has_masks(module) else None)
 
 
-def features(maps: dict[str, Tensor], point: Point) -> Tensor:
-    """Pool, resize and stack the layers of a point."""
-    pool, size = point["pool_size"], (point["side"], point["side"])
-    layers = [F.avg_pool2d(maps[name].float(), pool, 1, pool // 2) for name in point["layers"] or LAYERS[:3]]
-    return torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in layers], dim=1)
-
-
-def split(x: Tensor, blocks: int) -> Tensor:
-    """Cut each map into ``blocks x blocks`` samples of their own."""
-    n, c, h, w = x.shape
-    x = x.reshape(n, c, blocks, h // blocks, blocks, w // blocks)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h // blocks, w // blocks)
+@torch.no_grad()
+def features(model: WTFlowModel, maps: dict[str, Tensor], point: Point) -> Tensor:
+    """Stack the layers of a point as the model's extractor does."""
+    chosen = [maps[name] for name in point["layers"] or LAYERS[:3]]
+    parts = zip(*(layer.split(BATCH) for layer in chosen), strict=True)
+    return torch.cat([model.feature_extractor.stack([layer.float() for layer in part]) for part in parts])
 
 
 @torch.no_grad()
-def normalise(model: WTFlowModel, x: Tensor, y: Tensor, point: Point) -> tuple[Tensor, Tensor]:
-    """Fit the normalisation on training features, and apply it to them and to those of the test set."""
+def normalise(model: WTFlowModel, x: Tensor, point: Point) -> Tensor:
+    """Fit the normalisation on training features, and apply it to them."""
     module: Any = model.normalization
     if module.needs_fit:
         module.ridge = point["ridge"]
         for part in x.split(BATCH):
             module.update(part)
-        module.finalize()
-    return torch.cat([module(part) for part in x.split(BATCH)]), torch.cat([module(part) for part in y.split(BATCH)])
+        model.fit_normalization()
+    return torch.cat([module(part) for part in x.split(BATCH)])
 
 
 def train(model: WTFlowModel, x0: Tensor, point: Point) -> float:
@@ -126,14 +126,20 @@ def train(model: WTFlowModel, x0: Tensor, point: Point) -> float:
     optimizer = torch.optim.AdamW(model.field.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
     schedule = SCHEDULERS[s.scheduler](s.max_epochs * -(-len(x0) // BATCH))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    reference, losses = x0[:: len(x0) // REFERENCE_IMAGES + 1], []
     begin = time.perf_counter()
     model.field.train()
     for _ in range(s.max_epochs):
         for batch in x0[torch.randperm(len(x0))].split(BATCH):
             optimizer.zero_grad()
-            loss(*model.regress(split(batch, point["blocks"]))).backward()
+            loss(*model.regress(batch)).backward()
             optimizer.step()
             scheduler.step()
+            model.average()
+        if s.plateau:
+            losses.append(matching_loss_of(model, reference))
+            if has_settled(losses, s.plateau):
+                break
     return time.perf_counter() - begin
 
 
@@ -142,7 +148,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.loaded: dict[str, Images] = {}
-        self.trained: tuple[Any, ...] = ("",)
+        self.last: tuple[Any, ...] = ("",)
 
     def images(self, data: str) -> Images:
         """Return a data set's maps."""
@@ -150,29 +156,43 @@ class Cache:
             self.loaded[data] = load(data)
         return self.loaded[data]
 
-    def result(self, data: str, point: Point) -> Result:
-        """Train at a point, unless only the inference is another than the last time, and score the test images."""
+    def trained(self, data: str, point: Point) -> tuple[WTFlowModel, float]:
+        """Train at a point, unless only the inference is another than the last time; with the seconds it took."""
         flow, images = point["start_time"] is not None, self.images(data)
         chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
         model = WTFlowModel(get_settings(**chosen)).eval()
         training = json.dumps([data, flow, {name: value for name, value in point.items() if name not in INFERENCE}])
-        if self.trained[0] != training:
-            x, y = normalise(model, features(images.train, point), features(images.test, point), point)
-            seconds = train(model, x, point) if flow else 0.0
-            self.trained = (training, model.state_dict(), x[:: len(x) // LIMIT_IMAGES + 1], y, seconds)
-        _, state, reference, y, seconds = self.trained
-        model.load_state_dict(state)
+        if self.last[0] != training:
+            x0 = normalise(model, features(model, images.train, point), point)
+            seconds = train(model, x0, point) if flow else 0.0
+            self.last = (training, model.state_dict(), x0[:: len(x0) // REFERENCE_IMAGES + 1], seconds)
+        _, state, reference, seconds = self.last
+        # How the image score is taken belongs to the inference.
+        own = {name: value for name, value in state.items() if not name.startswith("anomaly_map_generator")}
+        model.load_state_dict(own, strict=False)
         model.eval()
         if not flow:
             model.flow = lambda x0: x0
-        with torch.no_grad():
-            if point["limit"]:
-                model.observe(reference, MAP)
-            make = model.anomaly_map_generator
-            parts = [make(model.log_density(model.flow(part)), MAP) for part in y.split(64)]
-        pixels = torch.cat([maps[:, 0, 2::4, 2::4] for maps, _ in parts])
+        if point["limit"]:
+            model.observe(reference, MAP)
+        return model, seconds
+
+    def result(self, data: str, point: Point) -> Result:
+        """Train at a point, and score the test images."""
+        model, seconds = self.trained(data, point)
+        scores, pixels = score(model, self.images(data).test, point)
+        flow = point["start_time"] is not None
         parameters = sum(p.numel() for p in model.field.parameters()) if flow else 0
-        return Result(torch.cat([scores for _, scores in parts]), pixels, parameters, round(seconds, 1))
+        return Result(scores, pixels, parameters, round(seconds, 1))
+
+
+@torch.no_grad()
+def score(model: WTFlowModel, maps: dict[str, Tensor], point: Point) -> tuple[Tensor, Tensor]:
+    """Score images by their backbone maps: image scores, and every fourth pixel of the maps in each direction."""
+    x = features(model, maps, point)
+    parts = [model.score(model.normalization(part), MAP) for part in x.split(BATCH)]
+    pixels = torch.cat([part.anomaly_map[:, 0, 2::4, 2::4] for part in parts])
+    return torch.cat([part.pred_score for part in parts]), pixels
 
 
 def measure(result: Result, images: Images) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """Density proxy, anomaly map and image score against their formulas and anomalib's FastFlow."""
 
+import math
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,12 @@ def window_means(values: torch.Tensor) -> torch.Tensor:
     height, width = values.shape[1:]
     windows = [values[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2] for i in range(height) for j in range(width)]
     return torch.stack([window.mean((1, 2)) for window in windows], dim=1)
+
+
+def lower_quartile(values: torch.Tensor) -> torch.Tensor:
+    """Of (N, ...): the value that is exceeded by three quarters of each image's, or as few more as there are."""
+    values = values.flatten(1)
+    return values.sort(dim=1).values[:, values.shape[1] // 4]
 
 
 def test_density_proxy() -> None:
@@ -37,13 +46,67 @@ def test_heavy_tails_are_a_student_density() -> None:
     torch.testing.assert_close(ours - ours[5], theirs - theirs[5])
 
 
+def bilinear(values: np.ndarray, factor: int) -> np.ndarray:
+    """Up-sampling of (H, W) by a whole factor: between the centres of the pixels, and constant beyond the outermost."""
+    for axis in (0, 1):
+        centres = np.arange(values.shape[axis])
+        at = (np.arange(factor * len(centres)) + 0.5) / factor - 0.5
+        values = np.apply_along_axis(lambda line, at=at, centres=centres: np.interp(at, centres, line), axis, values)
+    return values
+
+
+def by_loops(y: torch.Tensor, channels: list[int], detail: list[int], kind: str) -> torch.Tensor:
+    """Log densities at each finer position, by loops over images, layers, cells and the positions in them."""
+    count, _, height, width = y.shape
+    finest = max(detail)
+    result = np.empty((count, len(channels), finest * height, finest * width))
+    for n, layer in product(range(count), range(len(channels))):
+        r, size = detail[layer], channels[layer]
+        first = sum(c * k * k for c, k in zip(channels[:layer], detail[:layer], strict=True))
+        fine = np.empty((r * height, r * width))
+        for row, column, i, j in product(range(height), range(width), range(r), range(r)):
+            vector = [float(y[n, first + c * r * r + r * i + j, row, column]) for c in range(size)]
+            energy = sum(value**2 for value in vector) / (2 * size)
+            fine[r * row + i, r * column + j] = -energy if kind == "gaussian" else -math.log(1 + 4 * energy)
+        result[n, layer] = bilinear(fine, finest // r)
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize("kind", DENSITIES)
+@pytest.mark.parametrize("detail", [[4, 2, 1], [2, 2, 1], [2, 1, 1], [1, 2, 2], [1, 1, 1]])
+def test_density_at_finer_positions(kind: str, detail: list[int]) -> None:
+    channels = [2, 1, 3]
+    y = torch.randn(2, sum(c * r * r for c, r in zip(channels, detail, strict=True)), 3, 2, dtype=torch.float64)
+    expected = by_loops(y, channels, detail, kind)
+    torch.testing.assert_close(density_proxy(y, channels, kind, detail), expected)
+    assert expected.shape == (2, 3, 3 * max(detail), 2 * max(detail))
+
+
+@pytest.mark.parametrize("kind", DENSITIES)
+@pytest.mark.parametrize("detail", [[4, 2, 1], [1, 1, 1], None])
+def test_an_exported_density_is_that_of_eager_torch(kind: str, detail: list[int] | None) -> None:
+    """Whose graph sums the squares by a convolution."""
+    channels = [2, 1, 3]
+    places = [r * r for r in detail or [1, 1, 1]]
+
+    class Proxy(torch.nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return density_proxy(y, channels, kind, detail)
+
+    y = torch.randn(2, sum(c * k for c, k in zip(channels, places, strict=True)), 3, 2, dtype=torch.float64)
+    exported = torch.export.export(Proxy(), (y,)).module()
+    assert "conv2d" in exported.code
+    torch.testing.assert_close(exported(y), density_proxy(y, channels, kind, detail))
+
+
 def test_map_weighs_layers_alike_and_score_by_channels() -> None:
+    """The score by the square roots of the channels: 1 and 2 of 3 with 1 and 4 of them."""
     log_density = -torch.rand(3, 2, 5, 4, dtype=torch.float64)
-    generator = AnomalyMapGenerator(top_fraction=0.1, image_score="features", contrast=0.5, channels=[1, 3]).double()
+    generator = AnomalyMapGenerator(top_fraction=0.1, image_score="features", contrast=0.5, channels=[1, 4]).double()
     anomaly_map, score = generator(log_density, (5, 4))
     torch.testing.assert_close(anomaly_map, -log_density.mean(1, keepdim=True))
-    weighted = window_means(-(log_density[:, 0] + 3 * log_density[:, 1]) / 4)
-    expected = weighted.sort().values[:, -2:].mean(1) - 0.5 * weighted.mean(1)
+    weighted = window_means(-(log_density[:, 0] + 2 * log_density[:, 1]) / 3)
+    expected = weighted.sort().values[:, -2:].mean(1) - 0.5 * weighted.sort().values[:, 5]
     torch.testing.assert_close(score, expected)
 
 
@@ -51,7 +114,20 @@ def test_contrast_of_the_map() -> None:
     log_density = -torch.rand(3, 1, 5, 4)
     anomaly_map, score = AnomalyMapGenerator(contrast=0.25)(log_density, (10, 8))
     _, plain = AnomalyMapGenerator()(log_density, (10, 8))
-    torch.testing.assert_close(score, plain - 0.25 * anomaly_map.mean((1, 2, 3)))
+    torch.testing.assert_close(score, plain - 0.25 * lower_quartile(anomaly_map))
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "count", "rank"),
+    [((5, 4), 0.1, 2, 5), ((3, 3), 0.03, 1, 2), ((1, 3), 0.5, 2, 0), ((4, 4), 0.75, 12, 4), ((4, 4), 1.0, 16, 0)],
+)
+def test_top_and_level(size: tuple[int, int], fraction: float, count: int, rank: int) -> None:
+    """The mean of the ``count`` largest, and the value of the ``rank`` from below: never one above the largest."""
+    values = torch.rand(3, 1, *size, dtype=torch.float64)
+    ascending = values.flatten(1).sort(dim=1).values
+    top, level = AnomalyMapGenerator(top_fraction=fraction, contrast=None).top_and_level(values)
+    torch.testing.assert_close(top, ascending[:, -count:].mean(1))
+    assert torch.equal(level, ascending[:, rank])
 
 
 def test_an_image_that_is_foreign_all_over_scores_above_a_good_one() -> None:
@@ -122,18 +198,149 @@ def test_a_broken_pixel_breaks_the_score() -> None:
 
 @pytest.mark.parametrize("image_score", ["map", "features"])
 def test_contrast_takes_off_no_more_than_the_limit(image_score: str) -> None:
-    """Training images of mean 0.25 to 1: a foreign image keeps what it has above, a good one is as without a limit."""
+    """A foreign image keeps what it has above the limit; a good one is as without a limit.
+
+    The limit lies above the highest level of the training images by twice its distance from their mean level.
+    """
     generator = AnomalyMapGenerator(image_score=image_score, contrast=0.5, top_fraction=0.01)
     training = -torch.rand(8, 1, 4, 4) - torch.linspace(0, 0.5, 8).view(8, 1, 1, 1)
     generator.observe(training, (16, 16))
     anomaly_map = generator.map(training, (16, 16))
-    largest = (anomaly_map.flatten(1) if image_score == "map" else window_means(-training[:, 0])).mean(1).max()
-    torch.testing.assert_close(generator.limit, largest)
+    levels = lower_quartile(anomaly_map if image_score == "map" else window_means(-training[:, 0]))
+    limit = 3 * levels.max() - 2 * levels.mean()
+    torch.testing.assert_close(generator.limit, limit)
+    assert levels.max() + 0.1 < limit < 4
     for level in (0.2, 1.5, 4.0):
         _, score = generator(torch.full((1, 1, 4, 4), -level), (16, 16))
-        torch.testing.assert_close(score, torch.tensor([level - 0.5 * min(level, float(largest))]))
+        torch.testing.assert_close(score, torch.tensor([level - 0.5 * min(level, float(limit))]))
+    assert generator.slope == 0.5
     assert generator.without_limit().limit.isinf()
+    assert generator.without_limit().slope == 0.5
     assert generator.limit.isfinite()
+
+
+SIZE = (6, 8)
+
+
+def good_images(slope: float, spread: float = 0.02, count: int = 12) -> torch.Tensor:
+    """Log densities whose tops follow ``slope`` times their levels, about the ``spread`` off, in float64."""
+    levels = torch.linspace(0.3, 0.9, count, dtype=torch.float64)
+    tops = 1 + slope * levels + spread * torch.randn(count, dtype=torch.float64)
+    values = levels[:, None] + 0.01 * torch.rand(count, 48, dtype=torch.float64)
+    values[:, 20:22] = tops[:, None]
+    return -values[:, torch.randperm(48)].view(count, 1, *SIZE)
+
+
+def tops_and_levels(log_density: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Of maps of 48 pixels: the mean of the two largest, and the value of rank 12 from below, in NumPy."""
+    ascending = np.sort(-log_density.flatten(1).numpy(), axis=1)
+    return ascending[:, -2:].mean(1), ascending[:, 12]
+
+
+def adaptive(**kwargs: object) -> AnomalyMapGenerator:
+    return AnomalyMapGenerator(contrast=None, **kwargs).double()
+
+
+@pytest.mark.parametrize(
+    ("slope", "end"), [(1.0, None), (0.85, None), (1.15, None), (0.5, 0.75), (-1.0, 0.75), (2.0, 1.25)]
+)
+def test_slope_of_good_images(slope: float, end: float | None) -> None:
+    """The regression line's, kept in [0.75, 1.25]."""
+    log_density, generator = good_images(slope), adaptive()
+    generator.observe(log_density, SIZE)
+    tops, levels = tops_and_levels(log_density)
+    fitted = np.polyfit(levels, tops, 1)[0]
+    covariance = np.cov(tops, levels, bias=True)
+    assert fitted == pytest.approx(covariance[0, 1] / covariance[1, 1])
+    assert (0.75 < fitted < 1.25) == (end is None)
+    assert float(generator.slope) == pytest.approx(fitted if end is None else end, rel=1e-9)
+    assert float(generator.limit) == pytest.approx(levels.max() + 2 * (levels.max() - levels.mean()), rel=1e-12)
+    _, score = generator(log_density, SIZE)
+    np.testing.assert_allclose(score.numpy(), tops - float(generator.slope) * levels)
+
+
+def test_good_images_scores_spread_least() -> None:
+    """With the slope that was observed; with one that is larger or smaller they spread more."""
+    log_density, generator = good_images(1.1), adaptive()
+    generator.observe(log_density, SIZE)
+
+    def spread(change: float) -> float:
+        other = AnomalyMapGenerator(contrast=float(generator.slope) + change).double()
+        return other(log_density, SIZE)[1].std().item()
+
+    assert generator(log_density, SIZE)[1].std().item() == pytest.approx(spread(0.0), rel=1e-6)
+    assert spread(0.0) < min(spread(0.01), spread(-0.01))
+
+
+def test_a_slope_that_images_do_not_tell_is_one() -> None:
+    """One image, and images that are all alike, or as good as; before any, too."""
+    log_density = good_images(1.0)
+    alike = log_density[:1].repeat(5, 1, 1, 1)
+    almost = alike * torch.linspace(1, 1 + 1e-6, 5, dtype=torch.float64).view(5, 1, 1, 1)
+    for images in (log_density[:1], alike, almost):
+        generator = adaptive()
+        assert generator.slope == 1
+        generator.slope.fill_(1.2)
+        generator.observe(images, SIZE)
+        assert generator.slope == 1
+        _, levels = tops_and_levels(images)
+        assert float(generator.limit) == pytest.approx(3 * levels.max() - 2 * levels.mean(), rel=1e-12)
+    apart = alike * torch.linspace(1, 1 + 1e-3, 5, dtype=torch.float64).view(5, 1, 1, 1)
+    generator.observe(apart, SIZE)
+    assert generator.slope == 1.25  # tops and levels in proportion, and the tops far larger
+
+
+@pytest.mark.parametrize("image_score", ["map", "features"])
+@pytest.mark.parametrize("split", [(6, 6), (11, 1), (12, 0)])
+def test_processes_observe_what_one_would(image_score: str, split: tuple[int, int]) -> None:
+    """Sums and maxima of two processes' images, one of which may have none, make the slope of all images."""
+    log_density = good_images(1.1)
+    whole = adaptive(image_score=image_score)
+    whole.observe(log_density, SIZE)
+    parts = [part if len(part) else torch.empty(0) for part in log_density.split(split)]
+    told: list[list[tuple[torch.Tensor, str]]] = [[], []]
+    for part, values in zip(parts, told, strict=True):
+        adaptive(image_score=image_score).observe(
+            part, SIZE, lambda value, operation, values=values: (values.append((value, operation)), value)[1]
+        )
+    assert [operation for _, operation in told[0]] == [operation for _, operation in told[1]]
+    for part in parts:
+        pairs = iter(zip(*told, strict=True))
+
+        def reduce(value: torch.Tensor, operation: str, pairs=pairs) -> torch.Tensor:
+            (first, _), (second, _) = next(pairs)
+            assert value.equal(first) or value.equal(second)
+            return first + second if operation == "sum" else torch.maximum(first, second)
+
+        generator = adaptive(image_score=image_score)
+        generator.observe(part, SIZE, reduce)
+        torch.testing.assert_close(generator.slope, whole.slope)
+        torch.testing.assert_close(generator.limit, whole.limit)
+        assert next(pairs, None) is None
+
+
+def test_what_was_observed_goes_with_the_flow() -> None:
+    """Into the state, and out of the copy that another flow is scored with; a slope that was given stays."""
+    generator = adaptive()
+    generator.observe(good_images(0.9), SIZE)
+    assert 0.75 < generator.slope < 1
+    state = generator.state_dict()
+    other = adaptive()
+    other.load_state_dict(state)
+    assert (other.slope, other.limit) == (generator.slope, generator.limit)
+    plain = generator.without_limit()
+    assert plain.slope == 1
+    assert plain.limit.isinf()
+    assert generator.slope == state["slope"] < 1
+    given = AnomalyMapGenerator(contrast=0.3).double()
+    given.observe(good_images(0.9), SIZE)
+    assert given.slope == pytest.approx(0.3)
+
+
+def test_no_contrast_takes_nothing_off() -> None:
+    log_density, generator = good_images(1.0), AnomalyMapGenerator(contrast=0.0).double()
+    generator.observe(log_density, SIZE)
+    np.testing.assert_allclose(generator(log_density, SIZE)[1].numpy(), tops_and_levels(log_density)[0])
 
 
 def test_more_of_a_fault_never_scores_less_beyond_the_limit() -> None:

@@ -13,17 +13,20 @@ from lightning.pytorch import LightningModule
 import anomalib_wtflow
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.anomaly_map import density_proxy
-from anomalib_wtflow.flow.regression import thin
+from anomalib_wtflow.flow.sampling import PositionSampling
 from anomalib_wtflow.settings import get_settings
+from anomalib_wtflow.torch_model import averaged_over
 
 SOURCE = Path(anomalib_wtflow.__file__).parent
+CHANNELS = 24 * 4 + 40 * 4 + 112
+"""Of the default features: two finer layers with 2 x 2 positions each, and the coarsest."""
 
 
 def fitted(**kwargs: object) -> WTFlowModel:
     model = WTFlowModel(get_settings(**kwargs)).eval()
     if not model.normalization.fitted:
         model.normalization.update(model.extract(torch.randn(4, 3, 128, 128)))
-        model.normalization.finalize()
+        model.fit_normalization()
     return model
 
 
@@ -40,7 +43,7 @@ def test_one_step_formula() -> None:
         model = fitted(start_time=start_time, path="linear", **paper)
         features = model.extract(torch.randn(2, 3, 64, 64))
         x0 = model.normalization(features)
-        y = x0 + model.field((1 - start_time) * x0, torch.full((2,), start_time))
+        y = x0 + model.flow_field((1 - start_time) * x0, torch.full((2,), start_time))
         torch.testing.assert_close(model.flow(x0), y)
         up = torch.nn.functional.interpolate(-density_proxy(y), (64, 64), mode="bilinear")
         result = model.predict(features, (64, 64))
@@ -48,53 +51,132 @@ def test_one_step_formula() -> None:
         torch.testing.assert_close(result.pred_score, up.flatten(1).topk(123).values.mean(1))
 
 
-def test_thinning_takes_every_second_position() -> None:
-    x = torch.arange(2 * 3 * 6 * 5.0).reshape(2, 3, 6, 5)
-    offsets = {(i, j): x[..., i::2, j::2] for i in range(2) for j in range(2)}
-    drawn = [next(k for k, part in offsets.items() if part.shape == y.shape and part.equal(y)) for y in
-             (thin(x) for _ in range(60))]  # fmt: skip
-    assert set(drawn) == set(offsets)
-    for line in (x[..., :1, :], x[..., :1]):
-        assert thin(line) is line
-
-
-def test_only_pointwise_fields_are_thinned() -> None:
-    x0 = torch.randn(2, 176, 16, 16)
-    for network, side in (("pointwise", 8), ("unet", 16)):
+def test_only_pointwise_fields_see_some_of_the_positions() -> None:
+    """A quarter of each layer's, against velocities of the same; others see the whole map."""
+    x0 = torch.randn(2, CHANNELS, 16, 15)
+    for network, shape in (("pointwise", (2, 176, 60, 1)), ("unet", (2, CHANNELS, 16, 15))):
         model = fitted(network=network, width=8, coupling="worst_of_two")
         prediction, velocity = model.regress(x0)
-        assert prediction.shape == velocity.shape == (2, 176, side, side)
+        assert prediction.shape == velocity.shape == shape
+        assert isinstance(model.sampling, PositionSampling) == (network == "pointwise")
+
+
+@pytest.mark.parametrize("detail", [1, 2, 3])
+def test_detail_is_that_of_each_layer(detail: int) -> None:
+    """At most as fine as the layer itself: 4, 2 and 1 positions a side for strides 4, 8 and 16."""
+    model = fitted(detail=detail, width=8)
+    finer = [min(detail, most) for most in (4, 2, 1)]
+    assert model.detail == model.field.detail == model.sampling.detail == finer
+    assert model.channels == model.field.channels == model.sampling.channels == [24, 40, 112]
+    assert model.extract(torch.randn(1, 3, 64, 80)).shape == (1, 24 * finer[0] ** 2 + 40 * finer[1] ** 2 + 112, 4, 5)
+    assert model.log_density(model.flow(torch.randn(1, model.normalization.mean.numel(), 4, 5))).shape == (
+        (1, 3, 4 * finer[0], 5 * finer[0])
+    )
+
+
+def test_rare_positions_are_told_from_the_normalised_features() -> None:
+    """``fit_normalization`` fits the sampling to the covariance that the normalisation leaves."""
+    model = WTFlowModel(get_settings(width=8, importance=0.5)).eval()
+    assert model.sampling.importance == 0.5
+    assert all(torch.equal(weight, torch.eye(len(weight))) for weight in model.sampling.whitening)
+    features = model.extract(torch.randn(4, 3, 128, 128))
+    model.normalization.update(features)
+    model.fit_normalization()
+    rows = model.normalization(features).double().movedim(1, -1).flatten(0, -2)
+    expected = PositionSampling([24, 40, 112], [2, 2, 1])
+    expected.fit(torch.cov(rows.T, correction=0))
+    for weight, other in zip(model.sampling.whitening, expected.whitening, strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(weight, torch.eye(len(weight)), atol=0.1)
+
+
+def test_averaged_weights() -> None:
+    """``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + share (n - 1))``, from ``m_1 = w_1``; buffers are the present ones."""
+    field, share = torch.nn.BatchNorm1d(3).double(), 0.3
+    averaged = averaged_over(field, share)
+    assert not any(parameter.requires_grad for parameter in averaged.parameters())
+    assert all(parameter.requires_grad for parameter in field.parameters())
+    expected: dict[str, torch.Tensor] = {}
+    for n in range(1, 8):
+        with torch.no_grad():
+            for parameter in field.parameters():
+                parameter.copy_(torch.randn(3))
+            field(torch.randn(5, 3, dtype=torch.float64))
+        averaged.update_parameters(field)
+        for name, parameter in field.named_parameters():
+            before = expected.get(name, torch.full((3,), torch.nan))
+            now = parameter.detach().clone()
+            expected[name] = now if n == 1 else before + (now - before) / (1 + share * (n - 1))
+            torch.testing.assert_close(averaged.module.get_parameter(name), expected[name])
+        for name, buffer in field.named_buffers():
+            assert torch.equal(averaged.module.get_buffer(name), buffer)
+
+
+def test_the_flow_follows_the_averaged_field() -> None:
+    """Which ``regress`` uses only where it is asked to."""
+    model = fitted(width=8, averaging=0.5)
+    assert model.flow_field is model.averaged.module is not model.field
+    x0, t = torch.randn(1, CHANNELS, 3, 3), torch.tensor([0.35])
+    with torch.no_grad():
+        first = [parameter.detach().clone() for parameter in model.field.parameters()]
+        model.average()
+        for parameter in model.field.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        model.average()
+        for one, parameter, mean in zip(first, model.field.parameters(), model.flow_field.parameters(), strict=True):
+            torch.testing.assert_close(mean, one + (parameter - one) / 1.5)
+        velocity = model.flow_field(model.start_scale * x0, t)
+        assert not torch.allclose(velocity, model.field(model.start_scale * x0, t))
+        torch.testing.assert_close(model.flow(x0), x0 + velocity)
+
+        def predicted(averaged: bool) -> torch.Tensor:
+            return model.regress(x0, torch.Generator().manual_seed(0), averaged=averaged)[0]
+
+        trained, averaged = predicted(averaged=False), predicted(averaged=True)
+        assert not torch.allclose(trained, averaged)
+        model.field.load_state_dict(model.flow_field.state_dict())
+        assert torch.equal(predicted(averaged=False), averaged)
+
+
+def test_no_averaging() -> None:
+    """The field that is trained scores, and there is no other in the state."""
+    model = fitted(width=8, averaging=0.0)
+    assert model.averaged is None
+    assert model.flow_field is model.field
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.average()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not [name for name in before if name.startswith("averaged")]
+    assert [name for name in fitted(width=8).state_dict() if name.startswith("averaged")]
 
 
 def test_several_steps_follow_the_mean_velocity() -> None:
     """A constant field moves every point by itself, whatever the solver, the number of steps and the start time."""
     model = fitted(start_time=0.25, steps=7, solver="rk4", path="gaussian")
-    model.field.forward = lambda x, t: torch.full_like(x, 2.0)
-    x0 = torch.randn(1, 112, 3, 3)
+    model.flow_field.forward = lambda x, t: torch.full_like(x, 2.0)
+    x0 = torch.randn(1, CHANNELS, 3, 3)
     torch.testing.assert_close(model.flow(x0), x0 + 2)
 
 
 def test_regression_target() -> None:
-    """On the linear path the target is eps - x0, and the noise never points towards the data.
-
-    The features of such low images are a single row, which is taken whole.
-    """
+    """On the linear path the target is eps - x0 at drawn positions, and the noise never points towards the data."""
     model = fitted(path="linear", coupling="worst_of_two").train()
-    images = torch.randn(3, 3, 16, 256)
+    images = torch.randn(3, 3, 128, 256)
     x0 = model.normalization(model.extract(images))
+    state = torch.get_rng_state()
     prediction, velocity = model(images)
-    noise = velocity + x0
-    assert prediction.shape == velocity.shape == x0.shape
-    assert ((noise * x0).sum(1) <= 1e-3).all()
+    torch.set_rng_state(state)
+    shown = model.sampling(x0)
+    noise = velocity + shown
+    assert prediction.shape == velocity.shape == shown.shape == (3, 176, 32, 1)
+    assert ((noise * shown).sum(1) <= 1e-3).all()
     assert noise.std() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (100, 75), (64, 200), (67, 61)])
-@pytest.mark.parametrize("network", ["pointwise", "unet"])
-def test_any_input_size(size: tuple[int, int], network: str) -> None:
-    result = fitted(layers=["blocks.2", "blocks.4"], network=network, width=16, merge="finest")(
-        torch.randn(2, 3, *size)
-    )
+@pytest.mark.parametrize(("network", "detail"), [("pointwise", 1), ("pointwise", 2), ("unet", 2)])
+def test_any_input_size(size: tuple[int, int], network: str, detail: int) -> None:
+    result = fitted(layers=["blocks.2", "blocks.4"], network=network, width=16, detail=detail)(torch.randn(2, 3, *size))
     assert result.anomaly_map.shape == (2, 1, *size)
     assert result.pred_score.shape == (2,)
     assert result.pred_score.isfinite().all()
@@ -126,7 +208,9 @@ def test_errors() -> None:
 
 def test_no_lightning_in_the_method() -> None:
     assert not issubclass(WTFlowModel, LightningModule)
-    parts = [f"flow.{name}" for name in ("path", "coupling", "field", "solver", "normalization", "regression")]
+    parts = [
+        f"flow.{name}" for name in ("path", "coupling", "field", "solver", "normalization", "regression", "sampling")
+    ]
     parts += [f"theory.{name}" for name in ("oracle", "log_density", "diagnostics", "well")]
     parts += ["features.backbone", "features.folding", "anomaly_map", "loss", "settings"]
     code = f"import sys, {', '.join('anomalib_wtflow.' + part for part in parts)}; sys.exit('lightning' in sys.modules)"
@@ -146,17 +230,17 @@ def test_no_import_cycles() -> None:
         names += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         graph[module] = files.keys() & {n.removeprefix("anomalib_wtflow.") for n in names}
     used = graph["torch_model"]
-    assert used >= {f"flow.{name}" for name in ("path", "coupling", "field", "solver", "normalization")}
+    assert used >= {f"flow.{name}" for name in ("path", "coupling", "field", "solver", "normalization", "sampling")}
     graph.pop("__init__")  # its imports are for type checkers only
     list(TopologicalSorter(graph).static_order())
 
 
 def test_one_density_for_one_layer() -> None:
     """A single layer has the paper's density proxy over all channels; several have one each."""
-    y = torch.randn(2, 176, 3, 3)
+    y = torch.randn(2, CHANNELS, 3, 3)
     single = fitted(layers=["blocks.4"], density="gaussian")
     torch.testing.assert_close(single.log_density(y[:, :112]), -0.5 * y[:, :112].square().mean(1, keepdim=True))
-    assert fitted().log_density(y).shape == (2, 3, 3, 3)
+    assert fitted().log_density(y).shape == (2, 3, 6, 6)
 
 
 def test_features_are_scored_as_their_images() -> None:
@@ -169,7 +253,11 @@ def test_features_are_scored_as_their_images() -> None:
     generator = model.anomaly_map_generator
     log_density = model.log_density(model.flow(x0))
     values = generator.values(log_density, generator.map(log_density, (64, 80)))
-    torch.testing.assert_close(generator.limit, values.flatten(1).mean(1).max())
+    tops, levels = (part.double() for part in generator.top_and_level(values))
+    torch.testing.assert_close(generator.limit.double(), 3 * levels.max() - 2 * levels.mean())
+    covariance = torch.cov(torch.stack([tops, levels]))
+    slope = (covariance[0, 1] / covariance[1, 1]).clamp(0.75, 1.25)
+    torch.testing.assert_close(generator.slope.double(), slope, rtol=1e-4, atol=1e-4)
     given, predicted, seen = model.score(x0, (64, 80)), model.predict(features, (64, 80)), model(images)
     for name in ("anomaly_map", "pred_score"):
         torch.testing.assert_close(getattr(given, name), getattr(seen, name))

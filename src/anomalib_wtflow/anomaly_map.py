@@ -81,9 +81,7 @@ def density_proxy(
     maps = [F.pixel_shuffle(layer, r) for layer, r in zip(log_density.split(places, dim=1), finer, strict=True)]
     return torch.cat(
         [
-            layer
-            if r == max(finer)
-            else F.interpolate(layer, size=size, mode="bilinear", align_corners=False)
+            layer if r == max(finer) else F.interpolate(layer, size=size, mode="bilinear", align_corners=False)
             for layer, r in zip(maps, finer, strict=True)
         ],
         dim=1,

@@ -142,7 +142,9 @@ class Settings:
     # Flow
     network: str = setting("pointwise", one_of(FIELDS), "Vector field, one for each layer; unet is the paper's.")
     width: int | None = setting(
-        None, optional(whole(2, 2, "an even number")), "Its width; null for its own: 256 (96 at a finer layer's positions), or 48 for unet."
+        None,
+        optional(whole(2, 2, "an even number")),
+        "Its width; null for its own: 256 (96 at a finer layer's positions), or 48 for unet.",
     )
     depth: int | None = setting(None, optional(whole(1)), "Its depth; null for the network's own: 1, or 2 for unet.")
     path: str = setting("variance_preserving", one_of(PATHS), "Probability path; the first two are the paper's.")

@@ -182,10 +182,9 @@ def averaged_over(field: nn.Module, share: float) -> AveragedModel:
     ``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + share n)`` after step n, so that the beginning is forgotten however long
     the training goes on, and its end need not be known.
     """
-
     averaged = AveragedModel(field, multi_avg_fn=partial(_average, share))
     return averaged.requires_grad_(requires_grad=False)
 
 
 def _average(share: float, average: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor | int) -> None:
-    torch._foreach_lerp_(list(average), list(current), 1 / (1 + share * int(steps)))  # noqa: SLF001
+    torch._foreach_lerp_(list(average), list(current), 1 / (1 + share * int(steps)))

@@ -75,6 +75,19 @@ def test_batches_add_up(kind: type[Whitening]) -> None:
     torch.testing.assert_close(whole.mean, parts.mean)
 
 
+@pytest.mark.parametrize("kind", [Whitening, ChannelNormalization])
+def test_what_is_left_of_the_covariance(kind: type[Whitening]) -> None:
+    """``finalize`` returns the covariance of the normalised features, in float64."""
+    x = features()
+    normalization = kind(3, ridge=0.3)
+    normalization.update(x)
+    left = normalization.finalize()
+    assert left.dtype == torch.float64
+    expected = np.cov(rows(normalization(x)).T, bias=True)
+    np.testing.assert_allclose(left.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - np.eye(3)).max() > 0.1  # the ridge leaves it short of the identity
+
+
 def test_fitted_and_restored() -> None:
     x = features()
     whitening, other = Whitening(3), Whitening(3)

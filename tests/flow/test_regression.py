@@ -1,6 +1,5 @@
 """What a training step draws: positions, times and noise."""
 
-import pytest
 import torch
 from scipy import stats
 from torch import Tensor
@@ -8,22 +7,27 @@ from torch import Tensor
 from anomalib_wtflow.flow.coupling import independent
 from anomalib_wtflow.flow.field import get_field
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.flow.regression import fit_field, regress, thin
+from anomalib_wtflow.flow.regression import fit_field, regress
+from anomalib_wtflow.flow.sampling import PositionSampling
 
 PATH = ProbabilityPath("linear")
 
 
 class Recorder(torch.nn.Module):
-    """A field that keeps what it is asked."""
+    """A field that keeps what it is asked, and by which of its methods."""
 
-    def __init__(self, pointwise: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.pointwise = pointwise
         self.scale = torch.nn.Parameter(torch.ones(()))
         self.asked: list[tuple[Tensor, Tensor]] = []
+        self.at_points: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.asked.append((x, t))
+        return self.scale * x
+
+    def points(self, x: Tensor, t: Tensor) -> Tensor:
+        self.at_points.append((x, t))
         return self.scale * x
 
 
@@ -45,22 +49,30 @@ def test_a_generator_draws_all() -> None:
         torch.manual_seed(elsewhere)
         before = torch.get_rng_state()
         generator = torch.Generator().manual_seed(seed)
-        thinned = thin(x0, generator)
+        shown = PositionSampling([3], [1])(x0, generator)
         field = Recorder()
-        drawn = [thinned, *regress(field, thinned, PATH, independent, generator), field.asked[0][1]]
+        drawn = [shown, *regress(field, shown, PATH, independent, generator), field.asked[0][1]]
         assert torch.get_rng_state().equal(before)
         return drawn
 
     first, again, other = step(1, 1), step(1, 2), step(2, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first[1:], other[1:], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize(("pointwise", "side"), [(True, 3), (False, 6)])
-def test_only_pointwise_fields_are_fitted_to_thinned_maps(pointwise: bool, side: int) -> None:
-    field = fit_field(Recorder(pointwise), torch.randn(5, 2, 6, 6), PATH, independent, steps=3, batch_size=4)
-    assert [x.shape for x, _ in field.asked] == [(4, 2, side, side)] * 3
-    assert not field.training
+def test_a_field_is_fitted_to_what_is_sampled() -> None:
+    """Its velocity at points where positions are drawn, else that of whole maps."""
+    x0 = torch.randn(5, 2, 6, 6)
+    whole, drawn = Recorder(), Recorder()
+    fitted = fit_field(whole, x0, PATH, independent, steps=3, batch_size=4)
+    assert fitted is whole
+    assert [x.shape for x, _ in whole.asked] == [(4, 2, 6, 6)] * 3
+    assert not whole.at_points
+    fit_field(drawn, x0, PATH, independent, steps=3, batch_size=4, sampling=PositionSampling([2], [1]))
+    assert [x.shape for x, _ in drawn.at_points] == [(4, 2, 9, 1)] * 3
+    assert not drawn.asked
+    assert not whole.training
+    assert not drawn.training
 
 
 def test_precision_is_that_of_the_data() -> None:

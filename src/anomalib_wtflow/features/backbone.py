@@ -15,6 +15,7 @@ DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 CHUNK = 2
 """Images that pass the backbone at a time on a CPU."""
 
+
 class DataConfig(NamedTuple):
     """What a backbone expects of its input: ``(x - mean) / std`` of an RGB image in [0, 1], at about ``image_size``."""
 
@@ -241,7 +242,10 @@ class FeatureExtractor(nn.Module):
                 f"of the layers of '{self.backbone}': raise image_size, or choose finer layers."
             )
             raise ValueError(msg)
-        maps = self._maps(images.contiguous(memory_format=torch.channels_last))
+        return self.stack(self._maps(images.contiguous(memory_format=torch.channels_last)))
+
+    def stack(self, maps: Sequence[Tensor]) -> Tensor:
+        """Average, resize and stack the network's layers, finest first, each ``(N, C_l, H_l, W_l)``."""
         if self.pool_size > 1 or self.pool_stride > 1:
             maps = [F.avg_pool2d(m, self.pool_size, self.pool_stride, self.pool_size // 2) for m in maps]
         height, width = maps[-1].shape[-2:]

@@ -10,6 +10,7 @@ from anomalib_wtflow.flow.coupling import Coupling
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.schedule import cosine
 
+
 def matching_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
     """``mean || v_theta(x_t, t) - u_t ||^2`` per element: conditional flow matching (arXiv 2508.05461v3)."""
     return nn.functional.mse_loss(prediction, velocity)

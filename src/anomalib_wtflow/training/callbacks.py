@@ -18,9 +18,9 @@ from anomalib_wtflow.training.seeding import SeededOrder
 def of(model: Any) -> list[Callback]:
     """Build the callbacks of a model, anew for each run, so that none knows anything of the one before.
 
-    Averaged weights come first, then the contrast, which depends on them, then the thresholds, which depend on it. They
-    are held out before features take the images' place. The check of the images comes last: when something has failed it raises, after the others have put
-    the data module in order.
+    Averaged weights come first, then the contrast, which depends on them, then the thresholds, which depend on it.
+    They are held out before features take the images' place. The check of the images comes last: when something has
+    failed it raises, after the others have put the data module in order.
     """
     settings, post_processor = model.settings, model.post_processor
     caching = FeatureCaching(settings.feature_cache)

@@ -1,17 +1,16 @@
 """When a training has learnt what there is to learn."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from anomalib_wtflow.flow.regression import matching_loss
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.seeding import PLATEAU, generator_for
-
-DRAWS = 1
-"""Draws of positions, times and noise for each image; the same in every epoch."""
 
 
 class Plateau(Callback):
@@ -44,15 +43,12 @@ class Plateau(Callback):
         if not self.tolerance:
             return
         self.losses.append(self._loss(trainer, pl_module))
-        epochs = len(self.losses)
-        if epochs < 2:
-            return
-        before, now = self.losses[epochs // 2 - 1], self.losses[-1]
-        if now > (1 - self.tolerance) * before:
+        if has_settled(self.losses, self.tolerance):
             trainer.should_stop = True
+            half = len(self.losses) // 2
             self.message = (
-                f"Stopped after {epochs} epochs: the loss fell from {before:.3f} in epoch {epochs // 2} to {now:.3f}, "
-                f"by less than {self.tolerance:.0%}."
+                f"Stopped after {len(self.losses)} epochs: the matching loss fell from {self.losses[half - 1]:.3f} in "
+                f"epoch {half} to {self.losses[-1]:.3f}, by less than {self.tolerance:.0%}."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -61,17 +57,28 @@ class Plateau(Callback):
         if self.message:
             rank_zero_info(self.message)
 
-    @torch.no_grad()
     def _loss(self, trainer: Trainer, model: Any) -> float:
-        reference = self.caching.reference
-        total = torch.zeros(2, device=model.device)
+        reference = self.caching.reference.to(model.device)
         with model.evaluating():
-            for part in reference.split(16) if len(reference) else ():
-                x0 = part.to(model.device)
-                for draw in range(DRAWS):
-                    generator = generator_for(model.settings.seed, PLATEAU, draw, trainer.global_rank, x0.device)
-                    loss = matching_loss(*model.model.regress(x0, generator, averaged=True))
-                    total += torch.stack([loss * len(x0), loss.new_tensor(len(x0))])
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total, reduce_op="sum")
+            loss = matching_loss_of(model.model, reference, trainer.global_rank) if len(reference) else 0.0
+        if trainer.world_size == 1:
+            return loss
+        total = torch.tensor([loss * len(reference), len(reference)], dtype=torch.float64, device=model.device)
+        total = trainer.strategy.reduce(total, reduce_op="sum")
         return float(total[0] / total[1])
+
+
+def has_settled(losses: Sequence[float], tolerance: float) -> bool:
+    """Whether ``L(e) > (1 - tolerance) L(e / 2)``, e being the last epoch; False after a single one."""
+    return len(losses) > 1 and losses[-1] > (1 - tolerance) * losses[len(losses) // 2 - 1]
+
+
+@torch.no_grad()
+def matching_loss_of(model: Any, x0: Tensor, rank: int = 0) -> float:
+    """Return the averaged field's matching loss on normalised features ``(N, C, H, W)``.
+
+    Positions, times and noise depend on the model's seed and the rank alone.
+    """
+    generator = generator_for(model.settings.seed, PLATEAU, 0, rank, x0.device)
+    losses = [(len(part), matching_loss(*model.regress(part, generator, averaged=True))) for part in x0.split(32)]
+    return float(sum(count * loss for count, loss in losses) / len(x0))

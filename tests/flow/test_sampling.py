@@ -1,0 +1,141 @@
+"""Which positions a training step sees: exact probabilities, and that what is drawn are positions of the features."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.linalg import fractional_matrix_power
+
+from anomalib_wtflow.flow.sampling import PositionSampling
+
+CHANNELS, DETAIL = [2, 3], [2, 1]
+SIZES = [8, 3]
+
+
+def positions(x0: torch.Tensor) -> list[torch.Tensor]:
+    """Vectors at each finer position of each layer, ``(N, C_l, r_l^2 H W)``, row by row, by explicit loops."""
+    height, width = x0.shape[-2:]
+    result, first = [], 0
+    for size, r in zip(CHANNELS, DETAIL, strict=True):
+        points = [
+            x0[:, [first + (c * r + row % r) * r + column % r for c in range(size)], row // r, column // r]
+            for row, column in product(range(r * height), range(r * width))
+        ]
+        result.append(torch.stack(points, dim=2))
+        first += size * r * r
+    return result
+
+
+def fitted(importance: float = 1.0) -> PositionSampling:
+    """Fitted to a covariance that is far from the identity."""
+    sampling = PositionSampling(CHANNELS, DETAIL, importance)
+    mix = torch.randn(11, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sampling.fit(mix @ mix.T)
+    return sampling
+
+
+def places_of(drawn: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Which position of its layer each drawn vector is, ``(N, P)``; each must be exactly one."""
+    places = []
+    for part, layer in zip(drawn[..., 0].split(CHANNELS, dim=1), points, strict=True):
+        equal = (part[:, :, :, None] == layer[:, :, None]).all(dim=1)
+        assert (equal.sum(dim=2) == 1).all()
+        places.append(equal.int().argmax(dim=2))
+    return places
+
+
+@pytest.mark.parametrize("importance", [0.0, 0.5, 1.0, 2.0])
+def test_probabilities(importance: float) -> None:
+    """40000 draws from 8 and 2 positions: each layer's, and both together, which are independent (chi-squared)."""
+    sampling, draws = fitted(importance), 40000
+    x0 = torch.randn(1, 11, 1, 2)
+    points = positions(x0)
+    exact = []
+    for layer, weight in zip(points, sampling.whitening, strict=True):
+        rarity = np.array([np.square(weight.double().numpy() @ x).mean() for x in layer[0].double().numpy().T])
+        exact.append(rarity**importance / (rarity**importance).sum())
+    before = torch.get_rng_state()
+    drawn = sampling(x0.expand(draws, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert torch.get_rng_state().equal(before)
+    assert drawn.shape == (draws, 5, 1, 1)
+    first, second = (place[:, 0].numpy() for place in places_of(drawn, [p.expand(draws, -1, -1) for p in points]))
+    joint = np.bincount(2 * first + second, minlength=16)
+    expected = draws * np.outer(*exact).ravel()
+    assert expected.min() > 5
+    assert stats.chisquare(joint, expected).pvalue > 1e-3
+    uniform = np.outer(np.full(8, 1 / 8), np.full(2, 1 / 2)).ravel()
+    assert np.allclose(np.outer(*exact).ravel(), uniform) == (importance == 0)
+    assert (stats.chisquare(joint, draws * uniform).pvalue > 1e-3) == (importance == 0)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7), (1, 1)])
+def test_what_is_drawn_are_positions_of_each_layer(size: tuple[int, int]) -> None:
+    """A quarter as many of each layer as the grid has, rounded up; the layers' are not of the same places."""
+    x0 = torch.randn(6, 11, *size)
+    drawn = fitted()(x0)
+    count = math.ceil(size[0] * size[1] / 4)
+    assert drawn.shape == (6, 5, count, 1)
+    fine, coarse = places_of(drawn, positions(x0))
+    assert fine.max() < 4 * size[0] * size[1]
+    assert coarse.max() < size[0] * size[1]
+    if count > 1:
+        assert not all(torch.equal(one, two) for one, two in zip(fine, coarse, strict=True))
+
+
+def test_positions_are_those_of_pixel_shuffle() -> None:
+    x0 = torch.randn(2, 11, 3, 2)
+    for layer, part, r in zip(positions(x0), x0.split(SIZES, dim=1), DETAIL, strict=True):
+        assert torch.equal(layer, torch.nn.functional.pixel_shuffle(part, r).flatten(2))
+
+
+def test_a_position_may_be_drawn_more_than_once() -> None:
+    """Where one position of each layer has all the weight, it is drawn every time; without any, all are drawn."""
+    x0 = torch.zeros(3, 11, 4, 4)
+    x0[:, 5, 1, 2], x0[:, 9, 3, 0] = 2.0, -3.0
+    drawn = fitted()(x0)
+    assert (drawn == torch.tensor([0, 2.0, 0, -3, 0]).view(1, 5, 1, 1)).all()
+    assert torch.equal(fitted()(torch.zeros(3, 11, 4, 4)), torch.zeros(3, 5, 4, 1))
+
+
+def test_whitening_is_that_of_each_layers_positions() -> None:
+    """Against SciPy, from the covariance of each layer at each of its positions, each about its own mean."""
+    scale = torch.linspace(0.3, 3, 11).view(1, 11, 1, 1)
+    x = (scale * torch.randn(50, 11, 2, 3) + torch.randn(1, 11, 1, 1)).double()
+    x[:, 2] += x[:, 6]
+    rows = x.movedim(1, -1).flatten(0, -2).numpy()
+    sampling = PositionSampling(CHANNELS, DETAIL)
+    assert all(torch.equal(w, torch.eye(size)) for w, size in zip(sampling.whitening, CHANNELS, strict=True))
+    sampling.fit(torch.from_numpy(np.cov(rows.T, bias=True)))
+    fine = np.mean([np.cov(rows[:, [place, 4 + place]].T, bias=True) for place in range(4)], axis=0)
+    coarse = np.cov(rows[:, 8:].T, bias=True)
+    for weight, covariance in zip(sampling.whitening, (fine, coarse), strict=True):
+        ridged = covariance + 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        np.testing.assert_allclose(weight.numpy(), fractional_matrix_power(ridged, -0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_rare_is_what_the_training_features_seldom_are() -> None:
+    """Of two positions of equal norm the one along the direction of little variance is drawn more often."""
+    sampling, draws = PositionSampling([2], [1]), 20000
+    x0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2).expand(draws, -1, -1, -1)
+
+    def share() -> float:
+        """How often the second position is drawn."""
+        return sampling(x0, torch.Generator().manual_seed(1))[:, 1].mean().item()
+
+    assert abs(share() - 1 / 2) < 5 * (1 / 4 / draws) ** 0.5
+    sampling.fit(
+        torch.diag(torch.tensor([25.26, 0.74], dtype=torch.float64))
+    )  # a ridge of 0.13 makes it 25.39 and 0.87
+    exact = 25.39 / (25.39 + 0.87)
+    assert abs(share() - exact) < 5 * (exact * (1 - exact) / draws) ** 0.5
+
+
+def test_the_whitening_goes_into_the_state() -> None:
+    sampling, other = fitted(), PositionSampling(CHANNELS, DETAIL)
+    other.load_state_dict(sampling.state_dict())
+    for one, two in zip(sampling.whitening, other.whitening, strict=True):
+        assert torch.equal(one, two)
+    assert not list(sampling.parameters())
