@@ -41,7 +41,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "layers": vary("layers", LAYERS[2:3], LAYERS[1:3], LAYERS[:3], LAYERS),
     "density": vary("density", "gaussian", "student"),
     "image score": [
-        *vary("contrast", None, 0.0, 0.75, 1.0, 1.25),
+        *vary("contrast", None, 0.0, 0.75, 1.0),
         *vary("limit", False),
         *vary("image_score", "map"),
         {"image_score": "map", "contrast": 0.0},

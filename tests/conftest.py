@@ -37,7 +37,8 @@ def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     """A model trained on the small data set for three epochs: its module, results folder, checkpoint and engine."""
     root = tmp_path_factory.mktemp("trained")
     parts = SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, side=128)
-    model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1, overrides={"coupling": "worst_of_two"})
+    overrides = {"coupling": "worst_of_two", "plateau": 0.0}
+    model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1, overrides=overrides)
     engine = Engine(default_root_dir=root, logger=False, enable_progress_bar=False, enable_model_summary=False)
     engine.fit(model, datamodule=parts)
     return SimpleNamespace(model=model.eval(), root=root, checkpoint=Path(engine.best_model_path), parts=parts)

@@ -256,7 +256,8 @@ def test_slope_of_good_images(slope: float, end: float | None) -> None:
     assert float(generator.slope) == pytest.approx(fitted if end is None else end, rel=1e-9)
     assert float(generator.limit) == pytest.approx(levels.max() + 2 * (levels.max() - levels.mean()), rel=1e-12)
     _, score = generator(log_density, SIZE)
-    np.testing.assert_allclose(score.numpy(), tops - float(generator.slope) * levels)
+    offset = max(float(generator.slope) - 1, 0) * float(generator.limit)
+    np.testing.assert_allclose(score.numpy(), tops - float(generator.slope) * levels + offset)
 
 
 def test_good_images_scores_spread_least() -> None:
@@ -270,6 +271,16 @@ def test_good_images_scores_spread_least() -> None:
 
     assert generator(log_density, SIZE)[1].std().item() == pytest.approx(spread(0.0), rel=1e-6)
     assert spread(0.0) < min(spread(0.01), spread(-0.01))
+
+
+def test_scores_are_never_negative() -> None:
+    """Which the normalisation around a threshold needs; also where the slope is above 1 and an image is flat."""
+    log_density, generator = good_images(2.0), adaptive()
+    generator.observe(log_density, SIZE)
+    assert generator.slope == 1.25
+    flat = -torch.linspace(0, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 1, *SIZE)
+    for images in (log_density, flat):
+        assert (generator(images, SIZE)[1] >= 0).all()
 
 
 def test_a_slope_that_images_do_not_tell_is_one() -> None:

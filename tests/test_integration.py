@@ -44,7 +44,7 @@ def objects(dataset_path: Path, project_path: Path, **kwargs: object):
     seed_everything(0)
     datamodule = MVTecAD(root=dataset_path, category="dummy", train_batch_size=2, num_workers=0)
     engine = quiet_engine(project_path, max_epochs=10, devices=1, **kwargs)
-    return get_model("WTFlow", false_alarm_rate=0.4), datamodule, engine
+    return get_model("WTFlow", false_alarm_rate=0.4, overrides={"plateau": 0.0}), datamodule, engine
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.post_processor import conformal_threshold
 from anomalib_wtflow.training.calibration import Calibration
-from anomalib_wtflow.training.contrast_limit import ContrastLimit
+from anomalib_wtflow.training.contrast import Contrast
 from conftest import as_mvtec, callback_of, quiet_engine
 
 SMALL = {"image_size": 64, "false_alarm_rate": 0.3}  # a rate that three calibration images support
-UNET = {"coupling": "worst_of_two", "network": "unet", "width": 8, "merge": "finest"}
+UNET = {
+    "layers": ["blocks.1", "blocks.2"],
+    "overrides": {"coupling": "worst_of_two", "network": "unet", "width": 8},
+}
+ALL_EPOCHS = {"overrides": {"plateau": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ def test_the_checkpoint_has_the_threshold_of_a_tiny_folder(parts: SyntheticParts
 def test_the_threshold_is_of_the_last_weights(parts: SyntheticParts, tmp_path: Path) -> None:
     """Validation every second epoch of three: the weights in memory are younger than the last validation."""
     module = as_mvtec(parts)
-    model = WTFlow(max_epochs=3, learning_rate=0.01, **SMALL)
+    model = WTFlow(max_epochs=3, learning_rate=0.01, **ALL_EPOCHS, **SMALL)
     quiet_engine(tmp_path, check_val_every_n_epoch=2).fit(model, datamodule=module)
     assert callback_of(model, Calibration)._calibrated_at == 3 * 2  # 13 images in batches of 8
     assert model.trainer.global_step == 3 * 2
@@ -171,7 +175,7 @@ def test_the_threshold_is_of_the_last_weights(parts: SyntheticParts, tmp_path: P
 
 def test_the_checkpoint_has_the_threshold_when_steps_end_inside_an_epoch(parts: SyntheticParts, tmp_path: Path) -> None:
     """Lightning then skips the validation, and still writes the checkpoint."""
-    model, engine = WTFlow(**SMALL), quiet_engine(tmp_path, max_steps=3)  # two steps an epoch
+    model, engine = WTFlow(**ALL_EPOCHS, **SMALL), quiet_engine(tmp_path, max_steps=3)  # two steps an epoch
     engine.fit(model, datamodule=as_mvtec(parts))
     saved = torch.load(engine.best_model_path, weights_only=False)
     assert saved["global_step"] == 3
@@ -195,9 +199,9 @@ def test_refitting_fits_the_normalisation_again(parts: SyntheticParts, tmp_path:
     """The statistics are those of the second training set alone, also after an aborted first pass."""
     module = as_mvtec(parts)
     model, other = WTFlow(max_epochs=1, **SMALL), WTFlow(max_epochs=1, **SMALL)
-    model.model.normalization.update(torch.randn(8, 176, 4, 4) + 5)
-    model.model.normalization.finalize()
-    model.model.normalization.update(torch.randn(8, 176, 4, 4) - 5)
+    model.model.normalization.update(torch.randn(8, 368, 4, 4) + 5)
+    model.model.fit_normalization()
+    model.model.normalization.update(torch.randn(8, 368, 4, 4) - 5)
     for each in (model, other):
         quiet_engine(tmp_path).fit(each, datamodule=module)
     torch.testing.assert_close(model.model.normalization.mean, other.model.normalization.mean)
@@ -261,7 +265,7 @@ def test_a_broken_loss_stops_and_keeps_the_checkpoint(parts: SyntheticParts, tmp
                 self.loss.forward = lambda prediction, velocity: prediction.sum() * value
             return super().training_step(batch, *args, **kwargs)
 
-    model, engine = Breaks(max_epochs=5, **SMALL), quiet_engine(tmp_path)
+    model, engine = Breaks(max_epochs=5, **ALL_EPOCHS, **SMALL), quiet_engine(tmp_path)
     module = as_mvtec(parts)
     with pytest.raises(
         RuntimeError, match=r"The training loss became (nan|-?inf) in epoch 2: lower .* finite scores is .*ckpt"
@@ -273,17 +277,19 @@ def test_a_broken_loss_stops_and_keeps_the_checkpoint(parts: SyntheticParts, tmp
     assert len(module.train_data) == 16  # the slice was given back
 
 
-def test_broken_weights_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("averaging", [0.2, 0.0])
+def test_broken_weights_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_path: Path, averaging: float) -> None:
     """The loss is still finite, but the last update was not."""
 
     class Breaks(WTFlow):
-        def on_train_batch_end(self, *args):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
             if self.current_epoch == 1:
                 torch.nn.init.constant_(self.model.field.fields[0].head.weight, math.nan)
 
-    engine = quiet_engine(tmp_path)
+    engine, overrides = quiet_engine(tmp_path), {"plateau": 0.0, "averaging": averaging}
     with pytest.raises(RuntimeError, match=r"The (scores|training loss) became (NaN|nan).* in epoch 1"):
-        engine.fit(Breaks(max_epochs=3, **SMALL), datamodule=as_mvtec(parts, train_batch_size=16))
+        engine.fit(Breaks(max_epochs=3, overrides=overrides, **SMALL), datamodule=as_mvtec(parts, train_batch_size=16))
     assert torch.load(engine.best_model_path, weights_only=False)["epoch"] == 0
 
 
@@ -353,29 +359,32 @@ def test_batch_of_one(parts: SyntheticParts, tmp_path: Path) -> None:
         ValueError, match=r"coupling 'worst' rearranges noise .* batch size is 1: raise --data.train_batch_size"
     ):
         quiet_engine(tmp_path).fit(WTFlow(max_epochs=1, **SMALL), datamodule=module)
-    model = WTFlow(max_epochs=1, overrides=UNET, **SMALL)
+    model = WTFlow(max_epochs=1, **UNET, **SMALL)
     quiet_engine(tmp_path).fit(model, datamodule=module)
     assert model.post_processor.image_threshold.isfinite()
 
 
-def test_scores_in_training_are_those_of_evaluation(parts: SyntheticParts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("averaging", [0.2, 0.0])
+def test_scores_in_training_are_those_of_evaluation(parts: SyntheticParts, tmp_path: Path, averaging: float) -> None:
     """The U-Net's batch normalisations tell the two modes apart; an error leaves the field as it was."""
-    model = WTFlow(max_epochs=2, overrides=UNET, **SMALL)
+    overrides = {**UNET["overrides"], "plateau": 0.0, "averaging": averaging}
+    model = WTFlow(max_epochs=2, **{**UNET, "overrides": overrides}, **SMALL)
+    field = model.model.flow_field
     checked = []
 
     class Check(Callback):
         def on_train_batch_end(self, *_: object) -> None:
-            features = callback_of(model, ContrastLimit).caching.reference[:4]
+            features = callback_of(model, Contrast).caching.reference[:4]
             given = model.score_features(features, (64, 64)).pred_score
-            assert model.model.field.training
-            model.model.field.eval()
+            assert field.training
+            field.eval()
             expected = model.model.score(features, (64, 64)).pred_score
-            model.model.field.train()
+            field.train()
             torch.testing.assert_close(given, expected)
             assert not torch.allclose(given, model.model.score(features, (64, 64)).pred_score, rtol=1e-3)
             with pytest.raises(RuntimeError, match="scores became NaN"):
                 model.score_features(features * torch.nan, (64, 64))
-            assert model.model.field.training
+            assert field.training
             checked.append(1)
 
     quiet_engine(tmp_path, callbacks=[Check()]).fit(model, datamodule=as_mvtec(parts))
@@ -424,16 +433,17 @@ def test_schedules(tmp_path: Path) -> None:
     from anomalib_wtflow.flow.schedule import SCHEDULERS
 
     factors = {name: [schedule(9)(k) for k in range(10)] for name, schedule in SCHEDULERS.items()}
+    assert factors["constant"] == [1] * 10
     assert factors["step"] == pytest.approx([1] * 3 + [0.1] * 3 + [0.01] * 4)
     assert factors["cosine"] == pytest.approx([math.cos(math.pi * k / 18) ** 2 for k in range(10)])
-    assert SCHEDULERS["cosine"](math.inf)(10**6) == 1
+    assert SCHEDULERS["cosine"](math.inf)(10**6) == SCHEDULERS["constant"](math.inf)(10**6) == 1
 
 
 def test_bad_arguments() -> None:
     for kwargs, message in [
         ({"max_epochs": 0}, "max_epochs is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
-        ({"overrides": {"scheduler": "linear"}}, "Unknown scheduler 'linear': .*choose one of cosine, step"),
+        ({"overrides": {"scheduler": "linear"}}, "Unknown scheduler 'linear': .*choose one of constant, cosine, step"),
         ({"overrides": {"network": "resnet"}}, "Unknown network 'resnet': .*choose one of pointwise, unet"),
         ({"overrides": {"path": "cubic"}}, "Unknown path 'cubic'"),
         ({"overrides": {"seed": 1}}, "'seed' stands among the overrides: .* give it as --model.seed"),

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.anomaly_map import DENSITIES, IMAGE_SCORES, MAPS
-from anomalib_wtflow.features.backbone import MERGES
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.field import FIELDS
 from anomalib_wtflow.flow.normalization import NORMALIZATIONS
@@ -26,7 +25,6 @@ from anomalib_wtflow.flow.solver import SOLVER_NAMES
 from anomalib_wtflow.settings import ARGUMENTS, RECIPES, Settings, declared, get_settings
 
 NAMES: dict[str, Any] = {
-    "merge": MERGES,
     "normalization": NORMALIZATIONS,
     "network": FIELDS,
     "path": PATHS,
@@ -43,7 +41,10 @@ NUMBERS: dict[str, tuple[float, float, Callable[[float], bool], str]] = {
     "start_time": (0, 1, lambda x: 0 <= x < 1, "a time in [0, 1)"),
     "sigma": (0, math.inf, lambda x: 0 <= x < math.inf, "a standard deviation in pixels in [0, inf)"),
     "top_fraction": (0, 1, lambda x: 0 < x <= 1, "a share of the values in (0, 1]"),
-    "contrast": (0, 1, lambda x: 0 <= x < 1, "a share in [0, 1)"),
+    "contrast": (0, 1, lambda x: 0 <= x <= 1, "a slope in [0, 1]"),
+    "plateau": (0, 1, lambda x: 0 <= x < 1, "a share in [0, 1)"),
+    "averaging": (0, 1, lambda x: 0 <= x < 1, "a share in [0, 1)"),
+    "importance": (0, math.inf, lambda x: 0 <= x < math.inf, "an exponent in [0, inf)"),
     "false_alarm_rate": (0, 1, lambda x: 0 < x < 1, "a share between 0 and 1, such as 0.05"),
     "calibration_ratio": (0, 1, lambda x: 0 < x < 1, "a share between 0 and 1, such as 0.05"),
     "learning_rate": (0, math.inf, lambda x: 0 < x < math.inf, "a rate in (0, inf)"),
@@ -54,6 +55,7 @@ NUMBERS: dict[str, tuple[float, float, Callable[[float], bool], str]] = {
 WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
     "pool_size": (lambda k: k >= 1 and k % 2 == 1, "an odd number of at least 1"),
     "pool_stride": (lambda k: k >= 1, "a whole number of at least 1"),
+    "detail": (lambda k: k >= 1, "a whole number of at least 1"),
     "width": (lambda k: k >= 2 and k % 2 == 0, "an even number of at least 2"),
     "depth": (lambda k: k >= 1, "a whole number of at least 1"),
     "steps": (lambda k: k >= 1, "a whole number of at least 1"),
@@ -93,7 +95,6 @@ def test_names_are_those_of_the_part(name: str) -> None:
     ("name", "value", "message"),
     [
         ("network", "transformer", "Unknown network 'transformer': choose one of pointwise, unet."),
-        ("merge", "fine", "Unknown merge 'fine': did you mean 'finest'? choose one of finest, coarsest."),
         ("anomaly_map", "log", "Unknown anomaly map 'log': choose one of absolute, relative."),
         ("image_score", "pixels", "Unknown image score 'pixels': choose one of map, features."),
         ("density", "students", "Unknown density 'students': did you mean 'student'? choose one of gaussian, student."),
@@ -103,7 +104,12 @@ def test_names_are_those_of_the_part(name: str) -> None:
             "nearest",
             "Unknown coupling 'nearest': choose one of independent, optimal, worst, worst_of_two, antipodal.",
         ),
-        ("scheduler", "constant", "Unknown scheduler 'constant': choose one of cosine, step."),
+        (
+            "scheduler",
+            "constants",
+            "Unknown scheduler 'constants': did you mean 'constant'? choose one of constant, cosine, step.",
+        ),
+        ("scheduler", "linear", "Unknown scheduler 'linear': choose one of constant, cosine, step."),
     ],
 )
 def test_unknown_names(name: str, value: object, message: str) -> None:
@@ -168,7 +174,7 @@ def test_a_seed_that_torch_does_not_take() -> None:
 
 
 def test_what_may_be_left_out() -> None:
-    empty = {"layers", "weights", "image_size", "width", "depth", "false_alarm_rate"}
+    empty = {"layers", "weights", "image_size", "width", "depth", "contrast", "false_alarm_rate"}
     for name in declared():
         if name in empty:
             assert getattr(get_settings(**{name: None}), name) is None
@@ -276,6 +282,8 @@ def test_the_paper_recipe_is_the_authors() -> None:
         "top_fraction": 0.03,
         "contrast": 0.0,
         "max_epochs": 100,
+        "plateau": 0.0,
+        "averaging": 0.0,
         "scheduler": "step",
     }
     assert {name: getattr(paper, name) for name in authors} == authors
@@ -361,7 +369,7 @@ def test_overrides_that_are_arguments(name: str) -> None:
 
 def test_unknown_overrides() -> None:
     everything = ", ".join(declared())
-    for name, hint in (("couplng", "did you mean 'coupling'? "), ("zzz", ""), ("thinning", "")):
+    for name, hint in (("couplng", "did you mean 'coupling'? "), ("zzz", ""), ("merge", ""), ("thinning", "")):
         message = f"Unknown setting '{name}': {hint}choose one of {everything}."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             WTFlow(overrides={name: 1})

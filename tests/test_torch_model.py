@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 import anomalib_wtflow
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.anomaly_map import density_proxy
-from anomalib_wtflow.flow.sampling import PositionSampling
+from anomalib_wtflow.flow.sampling import SHARE, PositionSampling
 from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import averaged_over
 
@@ -52,9 +52,9 @@ def test_one_step_formula() -> None:
 
 
 def test_only_pointwise_fields_see_some_of_the_positions() -> None:
-    """A quarter of each layer's, against velocities of the same; others see the whole map."""
+    """A few of each layer's, against velocities of the same; others see the whole map."""
     x0 = torch.randn(2, CHANNELS, 16, 15)
-    for network, shape in (("pointwise", (2, 176, 60, 1)), ("unet", (2, CHANNELS, 16, 15))):
+    for network, shape in (("pointwise", (2, 176, 240 // SHARE, 1)), ("unet", (2, CHANNELS, 16, 15))):
         model = fitted(network=network, width=8, coupling="worst_of_two")
         prediction, velocity = model.regress(x0)
         assert prediction.shape == velocity.shape == shape
@@ -168,15 +168,20 @@ def test_regression_target() -> None:
     torch.set_rng_state(state)
     shown = model.sampling(x0)
     noise = velocity + shown
-    assert prediction.shape == velocity.shape == shown.shape == (3, 176, 32, 1)
+    assert prediction.shape == velocity.shape == shown.shape == (3, 176, 128 // SHARE, 1)
     assert ((noise * shown).sum(1) <= 1e-3).all()
     assert noise.std() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (100, 75), (64, 200), (67, 61)])
-@pytest.mark.parametrize(("network", "detail"), [("pointwise", 1), ("pointwise", 2), ("unet", 2)])
-def test_any_input_size(size: tuple[int, int], network: str, detail: int) -> None:
-    result = fitted(layers=["blocks.2", "blocks.4"], network=network, width=16, detail=detail)(torch.randn(2, 3, *size))
+@pytest.mark.parametrize(
+    ("network", "coarsest", "detail"),
+    [("pointwise", "blocks.4", 1), ("pointwise", "blocks.4", 2), ("unet", "blocks.2", 2)],
+)
+def test_any_input_size(size: tuple[int, int], network: str, coarsest: str, detail: int) -> None:
+    """The U-Net needs 8 x 8 positions of the coarsest layer."""
+    model = fitted(layers=["blocks.1", coarsest], network=network, width=16, detail=detail)
+    result = model(torch.randn(2, 3, *size))
     assert result.anomaly_map.shape == (2, 1, *size)
     assert result.pred_score.shape == (2,)
     assert result.pred_score.isfinite().all()

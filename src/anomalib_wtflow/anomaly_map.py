@@ -125,8 +125,9 @@ class AnomalyMapGenerator(nn.Module):
     can call a wrong part normal. With ``sigma > 0`` the map is then convolved with ``exp(-(i^2 + j^2) / (2 sigma^2))``,
     i and j up to 4 sigma, mirrored at the borders, as in anomalib's PatchCore.
 
-    Score: ``top - slope * min(level, limit)``, top being the mean of the largest ``ceil(top_fraction * H * W)`` values
-    and level the value that three quarters of them exceed. Of the map's pixels for ``map`` (the authors', with
+    Score: ``top - slope * min(level, limit) + max(slope - 1, 0) * limit``, top being the mean of the largest
+    ``ceil(top_fraction * H * W)`` values and level the value that three quarters of them exceed; the last term is the
+    same for all images, and keeps the score from being negative. Of the map's pixels for ``map`` (the authors', with
     ``contrast = 0``); for ``features`` (ours) of ``-sum_l w_l log q_l`` at the features' own positions, w_l in
     proportion to ``sqrt(C_l)`` (the deep layers, which have more channels, count more in the image's score, and all
     layers alike in where), averaged over windows of 3 x 3 positions.
@@ -139,13 +140,14 @@ class AnomalyMapGenerator(nn.Module):
         top_fraction: Share of the values that makes the image score, in (0, 1].
         sigma: Standard deviation of the Gaussian that smooths the map, in pixels of the input; 0 for none.
         image_score: ``map`` or ``features``.
-        contrast: Slope, at least 0; None to have it from good images, see :meth:`observe`, and 1 until then.
+        contrast: Slope in [0, 1]; None to have it from good images, see :meth:`observe`, and 1 until then.
         channels: Channels C_l of each of the L layers; None for a single one.
     """
 
     weights: Tensor
     slope: Tensor
     limit: Tensor
+    offset: Tensor
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class AnomalyMapGenerator(nn.Module):
         self.register_buffer("weights", (sizes / sizes.sum()).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("slope", torch.tensor(1.0 if contrast is None else float(contrast)))
         self.register_buffer("limit", torch.tensor(float("inf")))
+        self.register_buffer("offset", torch.tensor(0.0))
 
     def forward(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:
         """Make the map and the score.
@@ -222,9 +225,9 @@ class AnomalyMapGenerator(nn.Module):
         return F.avg_pool2d(values, WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
     def score(self, values: Tensor) -> Tensor:
-        """Score ``(N, 1, H, W)``, ``top - slope * min(level, limit)``: ``(N,)``."""
+        """Score ``(N, 1, H, W)``: ``(N,)``, at least 0, since the level is at most the top."""
         top, level = self.top_and_level(values)
-        score = top if self.contrast == 0 else top - self.slope * level.minimum(self.limit)
+        score = top if self.contrast == 0 else top - self.slope * level.minimum(self.limit) + self.offset
         # What a top-k does with NaN depends on the runtime; a broken pixel must not pass as normal in any of them.
         mean = values.flatten(1).mean(dim=1)
         return torch.where(mean.isnan(), mean, score)
@@ -244,6 +247,7 @@ class AnomalyMapGenerator(nn.Module):
         """Return a copy without slope and limit of its own, which go with the flow that they were observed with."""
         other = copy.deepcopy(self)
         other.limit.fill_(float("inf"))
+        other.offset.fill_(0.0)
         if self.contrast is None:
             other.slope.fill_(1.0)
         return other
@@ -282,3 +286,5 @@ class AnomalyMapGenerator(nn.Module):
             slope = (products / count - mean * tops / count) / variance
             # One image, or images that are all alike, tell no slope.
             self.slope.copy_(slope.clamp(*SLOPES) if variance > EQUAL * mean.square() else torch.ones_like(slope))
+            # The same for all images: it changes no order, and keeps the scores from being negative.
+            self.offset.copy_((self.slope - 1).clamp(min=0) * self.limit)

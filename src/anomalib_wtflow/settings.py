@@ -164,7 +164,7 @@ class Settings:
     density: str = setting("student", one_of(DENSITIES), "Density of where the flow ends; gaussian is the paper's.")
     anomaly_map: str = setting("absolute", one_of(MAPS), "Whether the map is relative to each image, as the authors'.")
     sigma: float = setting(
-        4.0,
+        6.0,
         number("a standard deviation in pixels", "[0, inf)"),
         "Standard deviation of the Gaussian that smooths the map, in pixels; 0 for none.",
     )
@@ -178,7 +178,7 @@ class Settings:
     )
     contrast: float | None = setting(
         None,
-        optional(number("a slope", "[0, inf)")),
+        optional(number("a slope", "[0, 1]")),
         "How much of the image's level (its lower quartile) the image score leaves out; null for the slope in "
         "[0.75, 1.25] at which good images' scores spread least.",
     )
@@ -199,7 +199,7 @@ class Settings:
     )
 
     # Training
-    max_epochs: int = setting(120, whole(1), "Most epochs, unless the trainer is told otherwise.", scores=False)
+    max_epochs: int = setting(80, whole(1), "Most epochs, unless the trainer is told otherwise.", scores=False)
     plateau: float = setting(
         0.02,
         number("a share", "[0, 1)"),

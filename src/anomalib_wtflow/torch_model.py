@@ -179,8 +179,9 @@ class WTFlowModel(nn.Module):
 def averaged_over(field: nn.Module, share: float) -> AveragedModel:
     """Build the running average of a field's weights over about the last ``share`` of the training steps (ours).
 
-    ``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + share n)`` after step n, so that the beginning is forgotten however long
-    the training goes on, and its end need not be known.
+    ``m_1 = w_1``, ``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + share (n - 1))`` after step n, so that the beginning is
+    forgotten however long the training goes on, and its end need not be known. Batch norms, which a U-Net has, keep
+    the statistics of the last weights.
     """
     averaged = AveragedModel(field, multi_avg_fn=partial(_average, share))
     return averaged.requires_grad_(requires_grad=False)

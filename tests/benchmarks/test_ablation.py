@@ -18,14 +18,6 @@ def test_best_f1_against_all_thresholds():
     assert cached.best_f1(label, score) == pytest.approx(brute)
 
 
-def test_blocks_cut_the_maps_without_losing_a_position():
-    x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
-    parts = cached.split(x, 2)
-    assert parts.shape == (8, 3, 2, 2)
-    assert torch.equal(parts[1], x[0, :, :2, 2:])
-    assert torch.equal(parts[6], x[1, :, 2:, :2])
-
-
 def images(masks=True):
     """Maps of 8 training and 6 test images, of which the last 3 are strange all over."""
     sides = dict(zip(cached.LAYERS, ((24, 64), (40, 32), (112, 16), (320, 8)), strict=True))
@@ -54,7 +46,7 @@ def test_an_experiment_trains_once_for_all_its_scores(masks, monkeypatch):
     metrics = cached.measure(control, cache.images("d"))
     assert list(metrics) == list(METRICS)[: 6 if masks else 3]
     assert metrics["image_AUROC"] == 1.0
-    cache.result("d", {**point, "blocks": 2})
+    cache.result("d", {**point, "importance": 0.0})
     assert len(trainings) == 2
 
 
@@ -95,7 +87,7 @@ def test_the_rule_takes_the_best_rank_within_the_bounds():
 
 
 def test_the_rule_breaks_ties_by_parameters_then_computation_then_the_base():
-    small, long, fine = cached.start(width=128), cached.start(max_epochs=160), cached.start(side=32)
+    small, long, fine = cached.start(width=128), cached.start(max_epochs=160), cached.start(steps=2)
     assert ablation.winner(measured(BASE, 1, 2000) + measured(small, 1, 1000), BASE) == small
     assert ablation.winner(measured(long, 1) + measured(fine, 1) + measured(BASE, 1), BASE) == BASE
     other = cached.start(coupling="optimal")
@@ -105,15 +97,15 @@ def test_the_rule_breaks_ties_by_parameters_then_computation_then_the_base():
 def test_a_factor_is_ranked_at_its_own_start_time():
     base = cached.start(start_time=0.3)
     lines = [
-        {**line, "factor": "time", "base": base}
-        for blocks in (1, 2)
+        {**line, "factor": "importance", "base": base}
+        for importance in (1.0, 2.0)
         for start_time in (None, 0.3, 0.4)
-        for line in measured({**base, "blocks": blocks, "start_time": start_time}, blocks)
+        for line in measured({**base, "importance": importance, "start_time": start_time}, importance)
     ]
-    ranked = ablation.of_factor(lines, "time", base)
-    assert {line["label"] for line in ranked} == {"blocks=1", "blocks=2"}
+    ranked = ablation.of_factor(lines, "importance", base)
+    assert {line["label"] for line in ranked} == {"importance=1.0", "importance=2.0"}
     assert {line["setting"]["start_time"] for line in ranked} == {base["start_time"]}
-    assert ablation.start_times("time", base) == [0.3]
+    assert ablation.start_times("importance", base) == [0.3]
     assert ablation.start_times("pool", base) == [None, 0.3]
     assert ablation.start_times("start", {**base, "start_time": 0.7}) == [0.7]
 

@@ -127,13 +127,16 @@ def test_nan_is_anomalous(exported: SimpleNamespace, images: list[Path], tmp_pat
         assert label[1:] == [True, True], runtime
 
 
-@pytest.mark.parametrize("network", ["pointwise", "unet"])
-def test_other_choices_export(network: str, tmp_path: Path) -> None:
-    """Every solver, steps, both maps, smoothing: a graph of a model that was fitted on noise agrees with torch."""
+@pytest.mark.parametrize(
+    ("network", "layers", "detail"),
+    [("pointwise", ["blocks.1", "blocks.2", "blocks.4"], 4), ("unet", ["blocks.1", "blocks.2"], 2)],
+)
+def test_other_choices_export(network: str, layers: list[str], detail: int, tmp_path: Path) -> None:
+    """Solver, steps, map, smoothing, finer positions: the graph of a model fitted on noise agrees with torch."""
     from anomalib_wtflow import WTFlow
 
     model = WTFlow(
-        layers=["blocks.2", "blocks.4"],
+        layers=layers,
         image_size=(96, 80),
         overrides={
             "network": network,
@@ -141,12 +144,12 @@ def test_other_choices_export(network: str, tmp_path: Path) -> None:
             "solver": "rk4",
             "steps": 2,
             "anomaly_map": "relative",
-            "merge": "finest",
+            "detail": detail,
             "sigma": 8.0,
         },
     ).eval()
     model.model.normalization.update(model.model.extract(torch.randn(4, 3, 96, 80)))
-    model.model.normalization.finalize()
+    model.model.fit_normalization()
     model.post_processor._image_threshold.fill_(0.1)
     batch = np.random.default_rng(0).random((2, 3, 96, 80), dtype=np.float32)
     got = run_onnx(model.to_onnx(tmp_path), batch)

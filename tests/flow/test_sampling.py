@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from scipy.linalg import fractional_matrix_power
 
-from anomalib_wtflow.flow.sampling import PositionSampling
+from anomalib_wtflow.flow.sampling import SHARE, PositionSampling
 
 CHANNELS, DETAIL = [2, 3], [2, 1]
 SIZES = [8, 3]
@@ -73,10 +73,10 @@ def test_probabilities(importance: float) -> None:
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7), (1, 1)])
 def test_what_is_drawn_are_positions_of_each_layer(size: tuple[int, int]) -> None:
-    """A quarter as many of each layer as the grid has, rounded up; the layers' are not of the same places."""
+    """As many of each layer as the grid has, divided by ``SHARE`` and rounded up; each layer has places of its own."""
     x0 = torch.randn(6, 11, *size)
     drawn = fitted()(x0)
-    count = math.ceil(size[0] * size[1] / 4)
+    count = math.ceil(size[0] * size[1] / SHARE)
     assert drawn.shape == (6, 5, count, 1)
     fine, coarse = places_of(drawn, positions(x0))
     assert fine.max() < 4 * size[0] * size[1]
@@ -91,13 +91,32 @@ def test_positions_are_those_of_pixel_shuffle() -> None:
         assert torch.equal(layer, torch.nn.functional.pixel_shuffle(part, r).flatten(2))
 
 
+def test_positions_come_from_every_second_row_and_column() -> None:
+    """One offset for all of a step, each of the four as often (chi-squared); a single row or column is taken whole."""
+    x0 = torch.randn(2, 11, 3, 4)
+    sampling, points, offsets = fitted(), positions(x0), []
+    for seed in range(400):
+        fine, coarse = places_of(sampling(x0, torch.Generator().manual_seed(seed)), points)
+        rows, columns = coarse // 4 % 2, coarse % 4 % 2
+        assert torch.equal(rows, rows[:1, :1].expand_as(rows))
+        assert torch.equal(columns, columns[:1, :1].expand_as(columns))
+        assert (fine // 8 // 2 % 2 == rows[0, 0]).all()
+        assert (fine % 8 // 2 % 2 == columns[0, 0]).all()
+        offsets.append(int(2 * rows[0, 0] + columns[0, 0]))
+    assert stats.chisquare(np.bincount(offsets, minlength=4)).pvalue > 1e-3
+    for line in (torch.randn(500, 11, 1, 4), torch.randn(500, 11, 4, 1)):
+        _, coarse = places_of(PositionSampling(CHANNELS, DETAIL, 0.0)(line), positions(line))
+        assert set(coarse.flatten().tolist()) == {0, 1, 2, 3}
+
+
 def test_a_position_may_be_drawn_more_than_once() -> None:
     """Where one position of each layer has all the weight, it is drawn every time; without any, all are drawn."""
-    x0 = torch.zeros(3, 11, 4, 4)
-    x0[:, 5, 1, 2], x0[:, 9, 3, 0] = 2.0, -3.0
+    x0 = torch.zeros(3, 11, 1, 32)
+    x0[:, 5, 0, 21], x0[:, 9, 0, 12] = 2.0, -3.0
     drawn = fitted()(x0)
+    assert drawn.shape == (3, 5, 32 // SHARE, 1)
     assert (drawn == torch.tensor([0, 2.0, 0, -3, 0]).view(1, 5, 1, 1)).all()
-    assert torch.equal(fitted()(torch.zeros(3, 11, 4, 4)), torch.zeros(3, 5, 4, 1))
+    assert torch.equal(fitted()(torch.zeros_like(x0)), torch.zeros_like(drawn))
 
 
 def test_whitening_is_that_of_each_layers_positions() -> None:

@@ -21,7 +21,7 @@ from anomalib.data import Folder
 from anomalib_wtflow import WTFlow
 
 root, folder, validate = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-model = WTFlow(max_epochs=3, image_size=64, false_alarm_rate=0.3)
+model = WTFlow(max_epochs=3, image_size=64, false_alarm_rate=0.3, overrides={"plateau": 0.0, "contrast": 0.5})
 data = Folder("parts", "train/good", folder, "test/scratch", "test/good", "ground_truth/scratch",
               val_split_mode="same_as_test", num_workers=0, train_batch_size=4)
 extract, passed = model.model.extract, []
@@ -62,7 +62,8 @@ def test_each_image_passes_the_backbone_once_in_all_processes(parts: SyntheticPa
         torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=0, equal_nan=True)
     assert not list((tmp_path / "temporary").glob("wtflow-features-*"))
 
-    single = WTFlow(max_epochs=3, image_size=64, false_alarm_rate=0.3)
+    overrides = {"plateau": 0.0, "contrast": 0.5}
+    single = WTFlow(max_epochs=3, image_size=64, false_alarm_rate=0.3, overrides=overrides)
     module = as_mvtec(parts, train_batch_size=8)  # as many images a step as two processes of four
     quiet_engine(tmp_path / "single").fit(single, datamodule=module)
     torch.testing.assert_close(states[0]["model.normalization.mean"], single.model.normalization.mean)

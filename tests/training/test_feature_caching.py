@@ -92,7 +92,8 @@ def test_what_is_known_to_be_deterministic() -> None:
         assert not is_deterministic(transform)
 
 
-SMALL = {"image_size": 64, "overrides": {"coupling": "worst_of_two"}, "false_alarm_rate": 0.3, "max_epochs": 3}
+ALL_EPOCHS = {"coupling": "worst_of_two", "plateau": 0.0}
+SMALL = {"image_size": 64, "overrides": ALL_EPOCHS, "false_alarm_rate": 0.3, "max_epochs": 3}
 
 
 def backbone_images(parts: SyntheticParts, root: Path, augment: bool = False, **kwargs: object) -> dict[str, int]:
@@ -132,9 +133,12 @@ def test_each_epoch_regresses_on_every_images_normalised_features(
     regress = model.model.regress
     shown: list[torch.Tensor] = []
 
-    def recorded(x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        shown.extend(x0)
-        return regress(x0, generator)
+    def recorded(
+        x0: torch.Tensor, generator: torch.Generator, averaged: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not averaged:  # which the end of the training is told from
+            shown.extend(x0)
+        return regress(x0, generator, averaged=averaged)
 
     model.model.regress = recorded
     quiet_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=module)
@@ -289,24 +293,34 @@ def test_no_cache_where_images_change(parts: SyntheticParts, tmp_path: Path) -> 
     assert backbone_images(parts, tmp_path, augment=True)["epochs"] == 3 * 13 + 3
 
 
-def test_limit_of_the_contrast(parts: SyntheticParts, tmp_path: Path) -> None:
-    """The largest mean of the image's values among the training images, for the last weights, in the checkpoint."""
+@pytest.mark.parametrize("kept", [None, 0.5])
+def test_contrast_of_the_training_images(parts: SyntheticParts, tmp_path: Path, kept: float | None) -> None:
+    """Slope and limit of the training images' tops and levels, for the last averaged weights, in the checkpoint."""
     parts.setup()
-    model, engine = WTFlow(**SMALL), quiet_engine(tmp_path)
+    model, engine = WTFlow(**{**SMALL, "overrides": {**ALL_EPOCHS, "contrast": kept}}), quiet_engine(tmp_path)
     engine.fit(model, datamodule=parts)
     torch_model, transform = model.eval().model, model.pre_processor.transform
-    means = []
+    tops, levels = [], []
     with torch.no_grad():
         for item in parts.train_data:
             features = torch_model.extract(transform(item.image[None]))
             log_density = torch_model.log_density(torch_model.flow(torch_model.normalization(features)))
-            weights = torch.tensor([24, 40, 112.0]).view(1, 3, 1, 1) / 176
-            values = torch.nn.functional.avg_pool2d(-(weights * log_density).sum(1), 3, 1, 1, count_include_pad=False)
-            means.append(values.mean())
-    limit = torch_model.anomaly_map_generator.limit
-    torch.testing.assert_close(limit, torch.stack(means).max())
+            weights = torch.tensor([24, 40, 112.0]).sqrt().view(1, 3, 1, 1)
+            weighted = -(weights / weights.sum() * log_density).sum(1)
+            values = torch.nn.functional.avg_pool2d(weighted, 3, 1, 1, count_include_pad=False).flatten().sort().values
+            assert len(values) == 8 * 8  # twice as fine as the coarsest layer, of stride 16
+            tops.append(values[-2:].mean())
+            levels.append(values[16])
+    tops, levels = torch.stack(tops).double(), torch.stack(levels).double()
+    generator = torch_model.anomaly_map_generator
+    limit = 3 * levels.max() - 2 * levels.mean()
+    torch.testing.assert_close(generator.limit.double(), limit, rtol=1e-5, atol=1e-5)
+    covariance = torch.cov(torch.stack([tops, levels]))
+    slope = (covariance[0, 1] / covariance[1, 1]).clamp(0.75, 1.25) if kept is None else torch.tensor(kept).double()
+    torch.testing.assert_close(generator.slope.double(), slope, rtol=1e-3, atol=1e-3)
     saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]
-    assert saved["model.anomaly_map_generator.limit"] == limit
+    assert saved["model.anomaly_map_generator.limit"] == generator.limit
+    assert saved["model.anomaly_map_generator.slope"] == generator.slope
 
 
 @pytest.mark.parametrize("normalization", ["channel", "whitening"])
@@ -314,7 +328,8 @@ def test_mixed_precision_trains_on_cached_features(parts: SyntheticParts, tmp_pa
     """Features are kept in float32, whatever the backbone computes in; thresholds are near those of float32."""
     thresholds = []
     for each in ("bf16-mixed", "32-true"):
-        model = WTFlow(max_epochs=1, image_size=64, false_alarm_rate=0.3, overrides={"normalization": normalization})
+        overrides = {"normalization": normalization, "contrast": 0.5}
+        model = WTFlow(max_epochs=1, image_size=64, false_alarm_rate=0.3, overrides=overrides)
         quiet_engine(tmp_path, precision=each).fit(model, datamodule=as_mvtec(parts))
         thresholds.append(float(model.post_processor.image_threshold))
     assert thresholds[0] == pytest.approx(thresholds[1], rel=0.05)

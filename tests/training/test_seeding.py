@@ -11,15 +11,20 @@ import torch
 from lightning import seed_everything
 
 from anomalib_wtflow import SyntheticParts, WTFlow
-from anomalib_wtflow.training.seeding import NOISE, ORDER, generator_for
-from conftest import as_mvtec, quiet_engine
+from anomalib_wtflow.training.plateau import Plateau
+from anomalib_wtflow.training.seeding import NOISE, ORDER, PLATEAU, generator_for
+from conftest import as_mvtec, callback_of, quiet_engine
 
-SMALL = {"image_size": 64, "false_alarm_rate": 0.3}
+SMALL = {"image_size": 64, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.0}}
 
 
 def test_each_place_has_numbers_of_its_own() -> None:
     places = [
-        (seed, purpose, k, rank) for seed in (0, 1) for purpose in (ORDER, NOISE) for k in range(5) for rank in (0, 1)
+        (seed, purpose, k, rank)
+        for seed in (0, 1)
+        for purpose in (ORDER, NOISE, PLATEAU)
+        for k in range(5)
+        for rank in (0, 1)
     ]
     drawn = {place: torch.randn(4, generator=generator_for(*place)) for place in places}
     assert len({tuple(values.tolist()) for values in drawn.values()}) == len(places)
@@ -45,23 +50,27 @@ def test_whatever_else_draws(parts: SyntheticParts, tmp_path: Path, cache: float
 
 
 def test_a_resumed_training_draws_what_an_uninterrupted_one_would(parts: SyntheticParts, tmp_path: Path) -> None:
-    """Stopped after two of four epochs, at the learning rates of four."""
+    """Stopped after two of four epochs; the averaged weights and the losses that tell the end go on, too."""
+    overrides = {"plateau": 1e-9}
 
     class Stops(WTFlow):
         def on_train_epoch_end(self) -> None:
             self.trainer.should_stop = self.current_epoch == 1
 
-    whole = train(tmp_path, parts, 1, epochs=4)
+    whole = train(tmp_path, parts, 1, epochs=4, overrides=overrides)
     seed_everything(7)
     engine = quiet_engine(tmp_path / "half", limit_val_batches=0)
-    engine.fit(Stops(max_epochs=4, **SMALL), datamodule=as_mvtec(parts))
+    engine.fit(Stops(max_epochs=4, **{**SMALL, "overrides": overrides}), datamodule=as_mvtec(parts))
     assert torch.load(engine.best_model_path, weights_only=False)["epoch"] == 1
-    resumed = WTFlow(max_epochs=4, **SMALL)
+    resumed = WTFlow(max_epochs=4, **{**SMALL, "overrides": overrides})
     again = quiet_engine(tmp_path / "rest", limit_val_batches=0)
     again.fit(resumed, datamodule=as_mvtec(parts), ckpt_path=engine.best_model_path)
     assert again.trainer.current_epoch == 4
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
+    losses = [callback_of(model, Plateau).losses for model in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == len(set(losses[0])) == 4
 
 
 def test_accumulated_batches_draw_each_for_itself(parts: SyntheticParts, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def flow_numbers(
     Along the flow as it is scored, ``x0 + tau (y - x0)``; and along the learnt ODE from ``x(0) = x0``, for the trained
     and the plain field. The optimal-transport direction is ``eps - x0``, eps coupled to x0 by ``optimal_image``.
     """
-    channels = next(iter(followed.values()))[0].x0.shape[0]
+    field, coupled = model.model.field, model.model.channels
+    channels = sum(coupled) if field.pointwise else next(iter(followed.values()))[0].x0.shape[0]
     start = {"independent": 0.0, "worst_of_two": (2 / torch.pi / channels) ** 0.5, "antipodal": 1.0}
     result: dict[str, Any] = {
         "ode_times": ODE_TIMES.tolist(),

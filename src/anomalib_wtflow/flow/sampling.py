@@ -9,18 +9,18 @@ from torch.nn import functional as F
 from anomalib_wtflow.flow.field import stacked
 from anomalib_wtflow.flow.normalization import whitening_matrix
 
-SHARE = 4
+SHARE = 8
 """A step sees as many positions of each layer as the grid has, divided by this."""
 
 
 class PositionSampling(nn.Module):
-    """Draw positions with a probability in proportion to ``(1/C_l || W_l x ||^2)^importance``, layer by layer (ours).
+    """Draw positions with a probability in proportion to ``|| W_l x ||^(2 importance)``, layer by layer (ours).
 
-    W_l whitens the layer's training features, so a position counts the more, the rarer it is under a Gaussian. Most
-    positions of good images are alike (background, plain surface), and a field that is trained on all of them equally
-    learns rare normal ones (edges, threads, corners) last, and calls them anomalous until then. The path, the noise
-    and the loss stay as they are: what changes is the distribution of the data. PatchCore's greedy coreset does the
-    like by choosing patches that are far from each other.
+    W_l whitens the layer's training features (it is 1 where their normalisation has no statistics), so a position
+    counts the more, the rarer it is under a Gaussian. Most positions of good images are alike (background, plain
+    surface), and a field that is trained on all of them equally learns rare normal ones (edges, threads, corners)
+    last, and calls them anomalous until then. The path, the noise and the loss stay as they are: what changes is the
+    distribution of the data. PatchCore's greedy coreset does the like by choosing patches that are far from each other.
 
     Args:
         channels: Channels C_l of each layer at a position.
@@ -54,21 +54,30 @@ class PositionSampling(nn.Module):
     def forward(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
         """Draw positions, with replacement, from normalised features.
 
+        They come from every second row and column of the grid, from an offset drawn at random, and are in proportion
+        among these: a quarter of the features is enough to draw an eighth from.
+
         Args:
             x0: ``(N, sum_l C_l r_l^2, H, W)``.
             generator: Draws them, on the features' device; None for torch's own.
 
         Returns:
-            ``(N, sum_l C_l, P, 1)`` with ``P = ceil(H W / 4)``; each layer has drawn positions of its own.
+            ``(N, sum_l C_l, P, 1)`` with ``P = ceil(H W / 8)``; each layer has drawn positions of its own.
         """
         count = -(-x0.shape[-2] * x0.shape[-1] // SHARE)
+        if min(x0.shape[-2:]) > 1:
+            device = None if generator is None else generator.device
+            top, left = torch.randint(2, (2,), generator=generator, device=device).tolist()
+            x0 = x0[..., top::2, left::2]
         parts = []
         layers = x0.split(stacked(self.channels, self.detail), dim=1)
         for layer, weight, r in zip(layers, self.whitening, self.detail, strict=True):
             points = F.pixel_shuffle(layer, r).flatten(2)
-            rarity = (weight @ points).square().mean(dim=1) ** self.importance
-            # No weight at all would leave nothing to draw from.
-            rarity = rarity.clamp(min=torch.finfo(rarity.dtype).tiny)
+            rarity = (weight @ points).square().mean(dim=1)
+            # Relative to the rarest, so that no power of it overflows; no weight at all would leave nothing to draw.
+            tiny = torch.finfo(rarity.dtype).tiny
+            rarity = (rarity / rarity.amax(dim=1, keepdim=True).clamp(min=tiny)) ** self.importance
+            rarity = rarity.clamp(min=tiny)
             places = torch.multinomial(rarity, count, replacement=True, generator=generator)
             parts.append(points.gather(2, places[:, None].expand(-1, points.shape[1], -1)))
         return torch.cat(parts, dim=1)[..., None]

@@ -19,7 +19,7 @@ def step(total: float) -> Schedule:
 def constant(total: float) -> Schedule:
     """1: the weights that are averaged over the training (ours) need no decay, and no end to be known."""
     del total
-    return lambda step: 1.0
+    return lambda _: 1.0
 
 
 SCHEDULERS: dict[str, Callable[[float], Schedule]] = {"constant": constant, "cosine": cosine, "step": step}

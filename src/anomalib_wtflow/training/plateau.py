@@ -9,8 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from anomalib_wtflow.flow.regression import matching_loss
+from anomalib_wtflow.settings import option
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.seeding import PLATEAU, generator_for
+
+FIRST = 20
+"""The first epoch that may be the last: before, the average is not yet one of many steps."""
 
 
 class Plateau(Callback):
@@ -47,8 +51,9 @@ class Plateau(Callback):
             trainer.should_stop = True
             half = len(self.losses) // 2
             self.message = (
-                f"Stopped after {len(self.losses)} epochs: the matching loss fell from {self.losses[half - 1]:.3f} in "
-                f"epoch {half} to {self.losses[-1]:.3f}, by less than {self.tolerance:.0%}."
+                f"Stopped after {len(self.losses)} epochs: since epoch {half} the matching loss changed by "
+                f"{self.losses[-1] / self.losses[half - 1] - 1:+.1%}, and {option('plateau')} asks for a fall of at "
+                f"least {100 * self.tolerance:.3g}%."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -69,8 +74,8 @@ class Plateau(Callback):
 
 
 def has_settled(losses: Sequence[float], tolerance: float) -> bool:
-    """Whether ``L(e) > (1 - tolerance) L(e / 2)``, e being the last epoch; False after a single one."""
-    return len(losses) > 1 and losses[-1] > (1 - tolerance) * losses[len(losses) // 2 - 1]
+    """Whether ``L(e) > (1 - tolerance) L(e / 2)``, e being the last epoch; False before epoch 20."""
+    return len(losses) >= FIRST and losses[-1] > (1 - tolerance) * losses[len(losses) // 2 - 1]
 
 
 @torch.no_grad()
