@@ -6,7 +6,20 @@ import sys
 import warnings
 from pathlib import Path
 
-NAMES = "accuracy generalise ablation contribution couplings latency precision training startup gpu plots".split()  # noqa: SIM905
+NAMES = [
+    "accuracy",
+    "generalise",
+    "threshold",
+    "ablation",
+    "contribution",
+    "couplings",
+    "latency",
+    "precision",
+    "training",
+    "startup",
+    "gpu",
+    "plots",
+]
 USAGE = """usage: python -m benchmarks NAME [--quick] [--render] [options of NAME]
 
 Measures what is missing in benchmarks/results/NAME.json and shows all of it; the exit status is 1 if a promise is

@@ -42,12 +42,13 @@ Point = dict[str, Any]
 
 
 class Images(NamedTuple):
-    """Backbone maps by layer, labels, and every fourth pixel of the masks, or None if there are none."""
+    """Backbone maps by layer, labels, every fourth pixel of the masks, or None; and the images held out."""
 
     train: dict[str, Tensor]
     test: dict[str, Tensor]
     labels: Tensor
     masks: Tensor | None
+    held: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class Result(NamedTuple):
@@ -80,23 +81,33 @@ def held_out(count: int) -> tuple[list[int], list[int]]:
     return sorted(order[:held]), sorted(order[held:])
 
 
+@torch.no_grad()
 def load(name: str) -> Images:
-    """Extract all layers of a data set, in float16; of the training images, the 80 % that WTFlow keeps."""
+    """Extract all layers of a data set, in float16; training images are the 80 % that WTFlow keeps."""
     module = data_module(name)
     extractor = FeatureExtractor(layers=LAYERS)
     transform = WTFlow.configure_pre_processor().transform
-    _, kept = held_out(len(module.train_data))
-    train, test, labels, masks = [], [], [], []
-    for index in track([*kept, *range(len(module.test_data))], name):
-        testing = len(train) == len(kept)
-        item = (module.test_data if testing else module.train_data)[index]
-        with torch.no_grad():
-            (test if testing else train).append([m.half() for m in extractor.network(transform(item.image[None]))])
-        if testing:
-            labels.append(bool(item.gt_label))
-            masks.append(every_fourth_pixel(item, MAP))
-    maps = (dict(zip(LAYERS, map(torch.cat, zip(*rows, strict=True)), strict=True)) for rows in (train, test))
-    return Images(*maps, torch.tensor(labels), torch.stack(masks) if has_masks(module) else None)
+    held, kept = held_out(len(module.train_data))
+    masks, labels = [], []
+
+    def extract(data: Any, indices: list[int], what: str) -> dict[str, Tensor]:
+        rows = [extractor.network(transform(data[i].image[None])) for i in track(indices, f"{name}, {what}")]
+        return {
+            layer: torch.cat([m.half() for m in maps])
+            for layer, maps in zip(LAYERS, zip(*rows, strict=True), strict=True)
+        }
+
+    test = list(range(len(module.test_data)))
+    for item in (module.test_data[index] for index in test):
+        labels.append(bool(item.gt_label))
+        masks.append(every_fourth_pixel(item, MAP))
+    return Images(
+        extract(module.train_data, kept, "training"),
+        extract(module.test_data, test, "test"),
+        torch.tensor(labels),
+        torch.stack(masks) if has_masks(module) else None,
+        extract(module.train_data, held, "held out"),
+    )
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from torch import Tensor
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.features.backbone import FeatureExtractor
 from benchmarks.ablation import vary
-from benchmarks.base import Line
+from benchmarks.base import Line, read
 from benchmarks.cached import LAYERS, Cache, held_out, measure, score, start
 from benchmarks.common import Job, table, track
 from benchmarks.datasets import FOLDERS, data_module
@@ -49,7 +49,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "detail": vary("detail", 1, 2),
     "importance": vary("importance", 0.0, 0.5, 1.0),
     "averaging": [{"averaging": 0.2}, {"averaging": 0.0, "scheduler": "cosine"}],
-    "max_epochs": vary("max_epochs", 10, 20, 40, 80, 160),
+    "max_epochs": vary("max_epochs", 20, 40, 80),
 }
 """By the name of the first setting that varies; the first three need no training of their own."""
 OPTIONS = {"factors": tuple(FACTORS), "data": tuple(FOLDERS), "base": {"max_epochs": 80, "plateau": 0.0}}
@@ -104,9 +104,12 @@ def auroc(good: Tensor, bad: Tensor) -> float:
     return float(roc_auc_score([0] * len(good) + [1] * len(bad), torch.cat([good, bad]).numpy()))
 
 
-def measure_one(cache: Cache, altered: Altered, gives: Line) -> Line:
-    """Measure the criteria and the test metrics of one setting on one data set."""
+def measure_one(cache: Cache, altered: Altered, known: list[Line], gives: Line) -> Line:
+    """Measure the criteria and the test metrics of one setting on one data set, or take over another factor's."""
     data, point = gives["data"], {**gives["base"], **gives["setting"]}
+    for line in known:
+        if line["data"] == data and {**line["base"], **line["setting"]} == point:
+            return {**line, **gives}
     model, seconds = cache.trained(data, point)
     scores = {name: score(model, maps, point)[0] for name, maps in altered.of(data).items()}
     kinds = {
@@ -196,6 +199,7 @@ def jobs(given: Namespace) -> Iterator[Job]:
         for factor in given.factors:
             for change in FACTORS[factor]:
                 gives = {"factor": factor, "data": data, "setting": change, "base": base}
-                yield gives, partial(measure_one, cache, altered, gives)
+                known = [] if given.again else read(given.output)
+                yield gives, partial(measure_one, cache, altered, known, gives)
         cache.loaded.pop(data, None)
         altered.kept.pop(data, None)

@@ -22,7 +22,10 @@ def test_the_list_names_each_benchmark_with_a_line(capsys):
 
 def test_an_unknown_name_says_which_there_are(capsys):
     assert main(["acuracy"]) == 2
-    assert "There is no benchmark 'acuracy': choose one of accuracy, generalise, ablation" in capsys.readouterr().err
+    assert (
+        "There is no benchmark 'acuracy': choose one of accuracy, generalise, threshold, ablation"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if base.results(name).is_file()])

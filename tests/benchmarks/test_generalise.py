@@ -78,9 +78,7 @@ def test_render_says_who_chooses_what():
 def test_factors_are_settings_that_there_are():
     for factor, changes in generalise.FACTORS.items():
         assert all(factor in change for change in changes)
-        assert all(
-            cached.start(**generalise.OPTIONS["base"], **change) for change in changes if factor != "max_epochs"
-        )
+        assert all(cached.start(**generalise.OPTIONS["base"], **change) for change in changes if factor != "max_epochs")
 
 
 def test_auroc_counts_ties_half():
