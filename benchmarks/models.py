@@ -131,6 +131,22 @@ class NoFlow(WTFlow):
         return torch.zeros((), requires_grad=True)
 
 
+class PositionNoFlow(NoFlow):
+    """Control: as ``NoFlow``, less the mean of the normalised training features at each position."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.total: Tensor | float = 0.0
+        self.count = 0
+        self.model.flow = lambda x0: x0 - self.total / max(self.count, 1)
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Add a batch to the mean."""
+        self.total = self.total + batch.features.sum(dim=0, keepdim=True)
+        self.count += len(batch.features)
+        return super().training_step(batch, *args, **kwargs)
+
+
 class NearestNeighbour(NoFlow):
     """Control: distance to the nearest of all normal training features (no coreset), on WTFlow's own features.
 
@@ -192,6 +208,7 @@ ROWS: dict[str, Row] = {
     "Padim": Row(partial(neighbours, Padim), {"n_features": 100}),
     "FastFlow": Row(LiteFastflow, {"max_epochs": 20}),
     "No flow": Row(NoFlow, {"normalization": "whitening"}, seeded=False),
+    "No flow, position means": Row(PositionNoFlow, {"normalization": "whitening"}, seeded=False),
     "Nearest neighbour": Row(NearestNeighbour, seeded=False),
 }
 # 1 % of 673 792 patches takes half an hour.

@@ -9,6 +9,7 @@ from torch import nn
 from torchmetrics.classification import BinaryAUROC
 
 from anomalib_wtflow.features.backbone import FeatureExtractor
+from anomalib_wtflow.features.cache import FeatureBatch
 from benchmarks import accuracy, datasets, models
 
 
@@ -135,6 +136,15 @@ def test_nearest_neighbour_against_brute_force():
     window = torch.nn.functional.avg_pool2d(expected, 3, 1, 1, count_include_pad=False)
     torch.testing.assert_close(result.pred_score, generator.score(window), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(result.anomaly_map, generator(-expected, (32, 32))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_position_means_come_off():
+    """The mean of three training images at each position, whatever the batches."""
+    model = models.build("No flow, position means", "synthetic")
+    x0 = torch.randn(3, model.model.feature_extractor.out_channels, 4, 4)
+    for part in (x0[:2], x0[2:]):
+        model.training_step(FeatureBatch(image=None, features=part))
+    torch.testing.assert_close(model.model.flow(x0), x0 - x0.mean(0))
 
 
 def test_unknown_data_set():
