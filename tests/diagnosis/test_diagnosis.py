@@ -91,7 +91,7 @@ def test_flow_and_field_numbers(page: Path, trained: SimpleNamespace) -> None:
     """The flow starts at the features and ends where the score is taken; both fields are there."""
     numbers = json.loads((page.parent / "numbers.json").read_text())
     flow, model = numbers["flow"], trained.model.model
-    channels = model.feature_extractor.out_channels
+    channels = sum(model.channels)  # of a position that training couples with noise
     radius = flow["scored"]["normal"]["radius"]["median"][0]
     assert flow["predicted_start"] == {
         "worst_of_two": pytest.approx(predicted_component(model.path, (2 / np.pi / channels) ** 0.5, radius), rel=1e-5),
