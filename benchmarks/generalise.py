@@ -52,7 +52,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     "max_epochs": vary("max_epochs", 20, 40, 80),
 }
 """By the name of the first setting that varies; the first three need no training of their own."""
-OPTIONS = {"factors": tuple(FACTORS), "data": tuple(FOLDERS), "base": {"max_epochs": 80, "plateau": 0.0}}
+OPTIONS = {"factors": tuple(FACTORS), "data": tuple(FOLDERS), "base": {"detail": 2, "max_epochs": 80, "plateau": 0.0}}
 QUICK = {"factors": ["contrast"], "data": ["mvtec_bottle"]}
 Maps = dict[str, Tensor]
 

@@ -199,9 +199,9 @@ def test_refitting_fits_the_normalisation_again(parts: SyntheticParts, tmp_path:
     """The statistics are those of the second training set alone, also after an aborted first pass."""
     module = as_mvtec(parts)
     model, other = WTFlow(max_epochs=1, **SMALL), WTFlow(max_epochs=1, **SMALL)
-    model.model.normalization.update(torch.randn(8, 368, 4, 4) + 5)
+    model.model.normalization.update(torch.randn(8, 176, 4, 4) + 5)
     model.model.fit_normalization()
-    model.model.normalization.update(torch.randn(8, 368, 4, 4) - 5)
+    model.model.normalization.update(torch.randn(8, 176, 4, 4) - 5)
     for each in (model, other):
         quiet_engine(tmp_path).fit(each, datamodule=module)
     torch.testing.assert_close(model.model.normalization.mean, other.model.normalization.mean)

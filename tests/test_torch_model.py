@@ -18,7 +18,7 @@ from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import averaged_over
 
 SOURCE = Path(anomalib_wtflow.__file__).parent
-CHANNELS = 24 * 4 + 40 * 4 + 112
+CHANNELS = 24 + 40 + 112
 """Of the default features: two finer layers with 2 x 2 positions each, and the coarsest."""
 
 
@@ -76,7 +76,7 @@ def test_detail_is_that_of_each_layer(detail: int) -> None:
 
 def test_rare_positions_are_told_from_the_normalised_features() -> None:
     """``fit_normalization`` fits the sampling to the covariance that the normalisation leaves."""
-    model = WTFlowModel(get_settings(width=8, importance=0.5)).eval()
+    model = WTFlowModel(get_settings(width=8, detail=2, importance=0.5)).eval()
     assert model.sampling.importance == 0.5
     assert all(torch.equal(weight, torch.eye(len(weight))) for weight in model.sampling.whitening)
     features = model.extract(torch.randn(4, 3, 128, 128))
@@ -245,7 +245,9 @@ def test_one_density_for_one_layer() -> None:
     y = torch.randn(2, CHANNELS, 3, 3)
     single = fitted(layers=["blocks.4"], density="gaussian")
     torch.testing.assert_close(single.log_density(y[:, :112]), -0.5 * y[:, :112].square().mean(1, keepdim=True))
-    assert fitted().log_density(y).shape == (2, 3, 6, 6)
+    assert fitted().log_density(y).shape == (2, 3, 3, 3)
+    finer = torch.randn(2, 24 * 4 + 40 * 4 + 112, 3, 3)
+    assert fitted(detail=2).log_density(finer).shape == (2, 3, 6, 6)
 
 
 def test_features_are_scored_as_their_images() -> None:

@@ -131,7 +131,7 @@ class Settings:
     )
     pool_stride: int = setting(1, whole(1), "Stride of that window.")
     detail: int = setting(
-        2, whole(1), "Positions a side that a finer layer keeps for each position of the coarsest layer."
+        1, whole(1), "Positions a side that a finer layer keeps for each position of the coarsest layer."
     )
     normalization: str = setting(
         "channel",
@@ -164,7 +164,7 @@ class Settings:
     density: str = setting("student", one_of(DENSITIES), "Density of where the flow ends; gaussian is the paper's.")
     anomaly_map: str = setting("absolute", one_of(MAPS), "Whether the map is relative to each image, as the authors'.")
     sigma: float = setting(
-        6.0,
+        4.0,
         number("a standard deviation in pixels", "[0, inf)"),
         "Standard deviation of the Gaussian that smooths the map, in pixels; 0 for none.",
     )
@@ -201,7 +201,7 @@ class Settings:
     # Training
     max_epochs: int = setting(80, whole(1), "Most epochs, unless the trainer is told otherwise.", scores=False)
     plateau: float = setting(
-        0.02,
+        0.01,
         number("a share", "[0, 1)"),
         "Training stops when the loss of the averaged weights fell by less than this share in the last half of the "
         "epochs; 0 to train for all of them.",

@@ -15,7 +15,7 @@ from anomalib_wtflow.training.seeding import PLATEAU, generator_for
 from conftest import as_mvtec, callback_of, quiet_engine
 
 SMALL = {"image_size": 64, "false_alarm_rate": 0.3}
-CHANNELS = 24 * 4 + 40 * 4 + 112
+CHANNELS = 24 + 40 + 112
 
 
 def stops_after(losses: list[float], tolerance: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int | None, Plateau]:
