@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -117,7 +118,7 @@ class WTFlowModel(nn.Module):
         Returns:
             ``v_theta(x_t, t)`` and ``u_t``, ``(N, C, H, W)`` each; of the drawn positions where the field is pointwise.
         """
-        field = self.flow_field if averaged else self.field
+        field: Any = self.flow_field if averaged else self.field
         if self.sampling is None:
             return regress(field, x0, self.path, self.coupling, generator)
         return regress(field.points, self.sampling(x0, generator), self.path, self.coupling, generator)

@@ -1,6 +1,7 @@
 """Regression of a vector field on a probability path, in plain torch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -80,6 +81,7 @@ def fit_field(
     for _ in track(range(steps), description=description or "", transient=True, disable=description is None):
         batch = x0[torch.randint(len(x0), (batch_size,), device=x0.device)]
         optimizer.zero_grad()
+        velocity: Any
         velocity, shown = (field, batch) if sampling is None else (field.points, sampling(batch))
         matching_loss(*regress(velocity, shown, path, coupling)).backward()
         optimizer.step()
