@@ -49,7 +49,7 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "detail": vary("detail", 1, 2),
     "importance": vary("importance", 0.0, 0.5, 1.0),
-    "averaging": [{"averaging": 0.2}, {"averaging": 0.0, "scheduler": "cosine"}],
+    "averaging": [{"averaging": 0.2}, {"averaging": 0.0, "scheduler": "cosine", "plateau": 0.0}],
     "map": [*vary("sigma", 0.0, 2.0, 4.0, 6.0, 8.0), *vary("anomaly_map", "relative")],
     "start": [*vary("start_time", 0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), *vary("steps", 2, 4)],
     "coupling": vary("coupling", "independent", "worst", "worst_of_two", "antipodal"),
@@ -60,7 +60,11 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
     ],
     "network": [{"width": w, "depth": d} for w, d in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 3), (512, 1))],
     "unet": [{"network": "pointwise"}, {"network": "unet", "width": 16}],
-    "training": [*vary("max_epochs", 10, 20, 40, 80, 160), *vary("learning_rate", 1e-3), *vary("scheduler", "step")],
+    "training": [
+        *vary("max_epochs", 10, 20, 40, 80, 160),
+        *vary("learning_rate", 1e-3),
+        {"scheduler": "step", "plateau": 0.0},
+    ],
     "pool": vary("pool_size", 1, 3, 5),
 }
 OPTIONS = {"factors": tuple(FACTORS), "data": REAL, "seeds": (0,), "base": {}}

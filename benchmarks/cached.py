@@ -184,8 +184,10 @@ class Cache:
         model.eval()
         if not flow:
             model.flow = lambda x0: x0
-        if point["limit"]:
-            model.observe(reference, MAP)
+        model.observe(reference, MAP)
+        if not point["limit"]:
+            model.anomaly_map_generator.limit.fill_(float("inf"))
+            model.anomaly_map_generator.offset.zero_()
         return model, seconds
 
     def result(self, data: str, point: Point) -> Result:

@@ -54,10 +54,15 @@ def scores(model: WTFlowModel, x: Tensor) -> Tensor:
     return torch.cat([model.predict(part, MAP).pred_score for part in x.split(BATCH)])
 
 
+def untrained(point: Point) -> WTFlowModel:
+    """Build a point's model."""
+    chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
+    return WTFlowModel(get_settings(**chosen)).eval()
+
+
 def fitted(x: Tensor, point: Point) -> WTFlowModel:
     """Train a model on backbone features."""
-    chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
-    model = WTFlowModel(get_settings(**chosen)).eval()
+    model = untrained(point)
     x0 = normalise(model, x, point)
     train(model, x0, point)
     model.eval()
@@ -75,9 +80,9 @@ def best_at_rate(label: np.ndarray, score: np.ndarray, rate: float) -> float:
 
 def measure_ways(images: Images, point: Point) -> list[Line]:
     """Measure both ways on one data set."""
-    whole = WTFlowModel(get_settings())
+    whole = untrained(point)
     held, kept, test = (features(whole, maps, point) for maps in (images.held, images.train, images.test))
-    label, rate = images.labels.numpy(), get_settings().false_alarm_rate
+    label, rate = images.labels.numpy(), point["false_alarm_rate"]
     lines = []
     for way in WAYS:
         begin = time.perf_counter()
@@ -91,7 +96,6 @@ def measure_ways(images: Images, point: Point) -> list[Line]:
             good = torch.cat([scores(fitted(x[fold != k], point), x[fold == k]) for k in range(FOLDS)])
         seconds = time.perf_counter() - begin
         score = scores(model, test).numpy()
-        assert rate is not None
         alarm = score > float(conformal_threshold(good, rate).threshold)
         lines.append(
             {

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 import anomalib_wtflow
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.anomaly_map import density_proxy
-from anomalib_wtflow.flow.sampling import SHARE, PositionSampling
+from anomalib_wtflow.flow.sampling import LEAST, PositionSampling
 from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import averaged_over
 
@@ -54,7 +54,7 @@ def test_one_step_formula() -> None:
 def test_only_pointwise_fields_see_some_of_the_positions() -> None:
     """A few of each layer's, against velocities of the same; others see the whole map."""
     x0 = torch.randn(2, CHANNELS, 16, 15)
-    for network, shape in (("pointwise", (2, 176, 240 // SHARE, 1)), ("unet", (2, CHANNELS, 16, 15))):
+    for network, shape in (("pointwise", (2, 176, LEAST, 1)), ("unet", (2, CHANNELS, 16, 15))):
         model = fitted(network=network, width=8, coupling="worst_of_two")
         prediction, velocity = model.regress(x0)
         assert prediction.shape == velocity.shape == shape
@@ -168,7 +168,7 @@ def test_regression_target() -> None:
     torch.set_rng_state(state)
     shown = model.sampling(x0)
     noise = velocity + shown
-    assert prediction.shape == velocity.shape == shown.shape == (3, 176, 128 // SHARE, 1)
+    assert prediction.shape == velocity.shape == shown.shape == (3, 176, LEAST, 1)
     assert ((noise * shown).sum(1) <= 1e-3).all()
     assert noise.std() == pytest.approx(1, abs=0.02)
 

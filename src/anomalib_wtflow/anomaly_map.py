@@ -18,7 +18,7 @@ IMAGE_SCORES = dict.fromkeys(("map", "features"))
 WINDOW = 3
 """Side, in positions, of the window over which the values of the ``features``' score are averaged."""
 QUARTER = 4
-"""The level of an image is its value of this rank from below, as a share of all: the lower quartile."""
+"""One value in so many lies below the level of an image: the lower quartile."""
 SLOPES = (0.75, 1.25)
 """Range of the slope of the level."""
 MARGIN = 2.0
@@ -272,7 +272,7 @@ class AnomalyMapGenerator(nn.Module):
             top, level = self.top_and_level(self.values(log_density, self.map(log_density, image_size)))
         else:
             top = level = log_density.new_empty(0)
-        top, level = top.double(), level.double()
+        top, level = top.cpu().double(), level.cpu().double()  # not all accelerators have float64
         terms = (torch.ones_like(top), level, top, level * level, level * top)
         sums = torch.stack([term.sum() for term in terms])
         largest = level.amax() if len(level) else sums.new_tensor(-torch.inf)

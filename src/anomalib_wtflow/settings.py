@@ -131,7 +131,7 @@ class Settings:
     )
     pool_stride: int = setting(1, whole(1), "Stride of that window.")
     detail: int = setting(
-        1, whole(1), "Positions a side that a finer layer keeps for each position of the coarsest layer."
+        1, whole(1), "Positions a side that a finer layer keeps for each of the coarsest, at most what it has."
     )
     normalization: str = setting(
         "channel",
@@ -215,13 +215,17 @@ class Settings:
     importance: float = setting(
         1.0,
         number("an exponent", "[0, inf)"),
-        "How much more often rare positions are trained on, as a power of their whitened square; 0 for all alike.",
+        "How much more often a pointwise network is trained on rare positions, as a power of their whitened square; 0 "
+        "for all alike.",
         scores=False,
     )
     learning_rate: float = setting(3e-3, number("a rate", "(0, inf)"), "Peak learning rate of AdamW.", scores=False)
     weight_decay: float = setting(1e-2, number("a decay", "[0, inf)"), "Weight decay of AdamW.", scores=False)
     scheduler: str = setting(
-        "constant", one_of(SCHEDULERS), "Learning rate over the whole training; step is the paper's.", scores=False
+        "constant",
+        one_of(SCHEDULERS),
+        "Learning rate over the whole training; step is the paper's. Those that fall want plateau 0.",
+        scores=False,
     )
     feature_cache: float = setting(
         4.0,
@@ -267,6 +271,7 @@ PAPER = {
     "max_epochs": 100,
     "plateau": 0.0,
     "averaging": 0.0,
+    "importance": 0.0,
     "learning_rate": 1e-4,
     "scheduler": "step",
 }

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from scipy.linalg import fractional_matrix_power
 
-from anomalib_wtflow.flow.sampling import SHARE, PositionSampling
+from anomalib_wtflow.flow.sampling import LEAST, SHARE, PositionSampling
 
 CHANNELS, DETAIL = [2, 3], [2, 1]
 SIZES = [8, 3]
@@ -51,6 +51,7 @@ def places_of(drawn: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Ten
 def test_probabilities(importance: float) -> None:
     """40000 draws from 8 and 2 positions: each layer's, and both together, which are independent (chi-squared)."""
     sampling, draws = fitted(importance), 40000
+    images = draws // LEAST
     x0 = torch.randn(1, 11, 1, 2)
     points = positions(x0)
     exact = []
@@ -58,10 +59,11 @@ def test_probabilities(importance: float) -> None:
         rarity = np.array([np.square(weight.double().numpy() @ x).mean() for x in layer[0].double().numpy().T])
         exact.append(rarity**importance / (rarity**importance).sum())
     before = torch.get_rng_state()
-    drawn = sampling(x0.expand(draws, -1, -1, -1), torch.Generator().manual_seed(0))
+    drawn = sampling(x0.expand(images, -1, -1, -1), torch.Generator().manual_seed(0))
     assert torch.get_rng_state().equal(before)
-    assert drawn.shape == (draws, 5, 1, 1)
-    first, second = (place[:, 0].numpy() for place in places_of(drawn, [p.expand(draws, -1, -1) for p in points]))
+    assert drawn.shape == (images, 5, LEAST, 1)
+    there = [point.expand(images, -1, -1) for point in points]
+    first, second = (place.flatten().numpy() for place in places_of(drawn, there))
     joint = np.bincount(2 * first + second, minlength=16)
     expected = draws * np.outer(*exact).ravel()
     assert expected.min() > 5
@@ -73,10 +75,10 @@ def test_probabilities(importance: float) -> None:
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7), (1, 1)])
 def test_what_is_drawn_are_positions_of_each_layer(size: tuple[int, int]) -> None:
-    """As many of each layer as the grid has, divided by ``SHARE`` and rounded up; each layer has places of its own."""
+    """As many of each layer as the grid has, divided by ``SHARE``, or ``LEAST``; each layer has places of its own."""
     x0 = torch.randn(6, 11, *size)
     drawn = fitted()(x0)
-    count = math.ceil(size[0] * size[1] / SHARE)
+    count = max(LEAST, math.ceil(size[0] * size[1] / SHARE))
     assert drawn.shape == (6, 5, count, 1)
     fine, coarse = places_of(drawn, positions(x0))
     assert fine.max() < 4 * size[0] * size[1]
@@ -114,7 +116,7 @@ def test_a_position_may_be_drawn_more_than_once() -> None:
     x0 = torch.zeros(3, 11, 1, 32)
     x0[:, 5, 0, 21], x0[:, 9, 0, 12] = 2.0, -3.0
     drawn = fitted()(x0)
-    assert drawn.shape == (3, 5, 32 // SHARE, 1)
+    assert drawn.shape == (3, 5, LEAST, 1)
     assert (drawn == torch.tensor([0, 2.0, 0, -3, 0]).view(1, 5, 1, 1)).all()
     assert torch.equal(fitted()(torch.zeros_like(x0)), torch.zeros_like(drawn))
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from anomalib_wtflow.flow.field import stacked
 from anomalib_wtflow.flow.normalization import whitening_matrix
 
-SHARE = 8
-"""A step sees as many positions of each layer as the grid has, divided by this."""
+SHARE, LEAST = 8, 32
+"""A step sees as many positions of each layer and image as the grid has, divided by the first, and at least so many."""
 
 
 class PositionSampling(nn.Module):
@@ -55,16 +55,17 @@ class PositionSampling(nn.Module):
         """Draw positions, with replacement, from normalised features.
 
         They come from every second row and column of the grid, from an offset drawn at random, and are in proportion
-        among these: a quarter of the features is enough to draw an eighth from.
+        among these: a quarter of the features is enough to draw an eighth from. In float32, also in mixed precision:
+        a sum of weights in 8 or 11 bits would lose the small ones.
 
         Args:
             x0: ``(N, sum_l C_l r_l^2, H, W)``.
             generator: Draws them, on the features' device; None for torch's own.
 
         Returns:
-            ``(N, sum_l C_l, P, 1)`` with ``P = ceil(H W / 8)``; each layer has drawn positions of its own.
+            ``(N, sum_l C_l, P, 1)`` with ``P = max(32, ceil(H W / 8))``; each layer has drawn positions of its own.
         """
-        count = -(-x0.shape[-2] * x0.shape[-1] // SHARE)
+        count = max(LEAST, -(-x0.shape[-2] * x0.shape[-1] // SHARE))
         if min(x0.shape[-2:]) > 1:
             device = None if generator is None else generator.device
             top, left = torch.randint(2, (2,), generator=generator, device=device).tolist()
@@ -73,7 +74,8 @@ class PositionSampling(nn.Module):
         layers = x0.split(stacked(self.channels, self.detail), dim=1)
         for layer, weight, r in zip(layers, self.whitening, self.detail, strict=True):
             points = F.pixel_shuffle(layer, r).flatten(2)
-            rarity = (weight @ points).square().mean(dim=1)
+            with torch.autocast(points.device.type, enabled=False):
+                rarity = (weight @ points.float()).square().mean(dim=1)
             # Relative to the rarest, so that no power of it overflows; no weight at all would leave nothing to draw.
             tiny = torch.finfo(rarity.dtype).tiny
             rarity = (rarity / rarity.amax(dim=1, keepdim=True).clamp(min=tiny)) ** self.importance

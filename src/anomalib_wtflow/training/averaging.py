@@ -12,9 +12,14 @@ class WeightAveraging(Callback):
         self._averaged_at = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start from the step that a resumed training is at."""
-        del pl_module
+        """Start anew, or from the step that a resumed training is at.
+
+        A model that was trained before gets another normalisation, to which its old weights do not belong.
+        """
         self._averaged_at = trainer.global_step
+        averaged = pl_module.model.averaged
+        if trainer.ckpt_path is None and averaged is not None:
+            averaged.n_averaged.zero_()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Average, unless the batch's gradients wait for others'."""

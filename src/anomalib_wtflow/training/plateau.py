@@ -47,7 +47,9 @@ class Plateau(Callback):
         if not self.tolerance:
             return
         self.losses.append(self._loss(trainer, pl_module))
-        if has_settled(self.losses, self.tolerance):
+        least = max(FIRST, getattr(trainer, "min_epochs", None) or 0)
+        self.message = ""
+        if len(self.losses) >= least and has_settled(self.losses, self.tolerance):
             trainer.should_stop = True
             half = len(self.losses) // 2
             self.message = (
