@@ -1,11 +1,14 @@
 """The running average of the weights: one term for each optimiser step, and what scores."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow import SyntheticParts, WTFlow, WTFlowModel
+from anomalib_wtflow.settings import get_settings
+from anomalib_wtflow.training.averaging import WeightAveraging
 from conftest import as_mvtec, quiet_engine
 
 SMALL = {"image_size": 64, "false_alarm_rate": 0.3, "max_epochs": 3}
@@ -45,3 +48,14 @@ def test_the_average_is_not_trained(parts: SyntheticParts, tmp_path: Path) -> No
     (group,) = model.optimizers().optimizer.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in model.model.field.parameters()}
     assert all(parameter.grad is None for parameter in model.model.flow_field.parameters())
+
+
+@pytest.mark.parametrize(("ckpt_path", "steps"), [(None, 0), ("model.ckpt", 7)])
+def test_a_second_fit_starts_a_new_average(ckpt_path: str | None, steps: int) -> None:
+    """Unless it goes on from a checkpoint: the old weights belong to the normalisation that they were trained with."""
+    model = WTFlowModel(get_settings(width=8))
+    for _ in range(7):
+        model.average()
+    trainer = SimpleNamespace(global_step=3, ckpt_path=ckpt_path)
+    WeightAveraging().on_train_start(trainer, SimpleNamespace(model=model))
+    assert model.averaged.n_averaged == steps
