@@ -23,7 +23,7 @@ ROWS = ("image", "ground truth", "anomaly map", "prediction")
 def main() -> None:
     """Train, predict on the test set, and draw one image of each kind: the one with the middle score."""
     with tempfile.TemporaryDirectory() as folder:
-        data, model = SyntheticParts(Path(folder) / "data"), WTFlow(max_epochs=10)
+        data, model = SyntheticParts(Path(folder) / "data"), WTFlow(max_epochs=30)
         engine = Engine(default_root_dir=folder, logger=False)
         engine.train(model, datamodule=data)
         batches = engine.predict(model, dataloaders=data.test_dataloader(), ckpt_path=engine.best_model_path)
