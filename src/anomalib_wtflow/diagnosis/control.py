@@ -15,7 +15,10 @@ TRAINING_IMAGES = 512
 
 
 def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, show: Progress) -> nn.Module:
-    """Train the model's network with independent coupling on at most 512 of the training images (AdamW, cosine)."""
+    """Train the model's network with independent coupling on at most 512 of the training images.
+
+    AdamW under a cosine, and the last weights, where the model's own are averaged at a constant rate.
+    """
     chosen = spread(range(len(train_data)), TRAINING_IMAGES)
     with torch.no_grad():
         features = []
