@@ -308,9 +308,9 @@ def test_contrast_of_the_training_images(parts: SyntheticParts, tmp_path: Path, 
             weights = torch.tensor([24, 40, 112.0]).sqrt().view(1, 3, 1, 1)
             weighted = -(weights / weights.sum() * log_density).sum(1)
             values = torch.nn.functional.avg_pool2d(weighted, 3, 1, 1, count_include_pad=False).flatten().sort().values
-            assert len(values) == 8 * 8  # twice as fine as the coarsest layer, of stride 16
-            tops.append(values[-2:].mean())
-            levels.append(values[16])
+            assert len(values) == 4 * 4
+            tops.append(values[-1])
+            levels.append(values[4])
     tops, levels = torch.stack(tops).double(), torch.stack(levels).double()
     generator = torch_model.anomaly_map_generator
     limit = 3 * levels.max() - 2 * levels.mean()
