@@ -5,6 +5,7 @@ A point of an experiment is a dictionary: WTFlow's settings, and what :data:`EXT
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -88,26 +89,36 @@ def load(name: str) -> Images:
     extractor = FeatureExtractor(layers=LAYERS)
     transform = WTFlow.configure_pre_processor().transform
     held, kept = held_out(len(module.train_data))
-    masks, labels = [], []
+    labels, masks = [], []
 
-    def extract(data: Any, indices: list[int], what: str) -> dict[str, Tensor]:
-        rows = [extractor.network(transform(data[i].image[None])) for i in track(indices, f"{name}, {what}")]
-        return {
-            layer: torch.cat([m.half() for m in maps])
-            for layer, maps in zip(LAYERS, zip(*rows, strict=True), strict=True)
-        }
+    def extract(items: Iterable[Any]) -> dict[str, Tensor]:
+        rows = [[m.half() for m in extractor.network(transform(item.image[None]))] for item in items]
+        return dict(zip(LAYERS, map(torch.cat, zip(*rows, strict=True)), strict=True))
 
-    test = list(range(len(module.test_data)))
-    for item in (module.test_data[index] for index in test):
-        labels.append(bool(item.gt_label))
-        masks.append(every_fourth_pixel(item, MAP))
-    return Images(
-        extract(module.train_data, kept, "training"),
-        extract(module.test_data, test, "test"),
-        torch.tensor(labels),
-        torch.stack(masks) if has_masks(module) else None,
-        extract(module.train_data, held, "held out"),
+    def tested() -> Iterator[Any]:
+        for index in track(range(len(module.test_data)), f"{name}, test"):
+            item = module.test_data[index]
+            labels.append(bool(item.gt_label))
+            masks.append(every_fourth_pixel(item, MAP))
+            yield item
+
+    train, held_maps = (
+        extract(module.train_data[index] for index in track(indices, f"{name}, {what}"))
+        for indices, what in ((kept, "training"), (held, "held out"))
     )
+    test = extract(tested())
+    return Images(train, test, torch.tensor(labels), torch.stack(masks) if has_masks(module) else None, held_maps)
+
+
+def untrained(point: Point) -> WTFlowModel:
+    """Build a point's model."""
+    chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
+    return WTFlowModel(get_settings(**chosen)).eval()
+
+
+def reference_of(x0: Tensor) -> Tensor:
+    """Return about as many training images as WTFlow tells the contrast and the end of a training from."""
+    return x0[:: len(x0) // REFERENCE_IMAGES + 1]
 
 
 @torch.no_grad()
@@ -137,7 +148,7 @@ def train(model: WTFlowModel, x0: Tensor, point: Point) -> float:
     optimizer = torch.optim.AdamW(model.field.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
     schedule = SCHEDULERS[s.scheduler](s.max_epochs * -(-len(x0) // BATCH))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    reference, losses = x0[:: len(x0) // REFERENCE_IMAGES + 1], []
+    reference, losses = reference_of(x0), []
     begin = time.perf_counter()
     model.field.train()
     for _ in range(s.max_epochs):
@@ -170,13 +181,12 @@ class Cache:
     def trained(self, data: str, point: Point) -> tuple[WTFlowModel, float]:
         """Train at a point, unless only the inference is another than the last time; with the seconds it took."""
         flow, images = point["start_time"] is not None, self.images(data)
-        chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
-        model = WTFlowModel(get_settings(**chosen)).eval()
+        model = untrained(point)
         training = json.dumps([data, flow, {name: value for name, value in point.items() if name not in INFERENCE}])
         if self.last[0] != training:
             x0 = normalise(model, features(model, images.train, point), point)
             seconds = train(model, x0, point) if flow else 0.0
-            self.last = (training, model.state_dict(), x0[:: len(x0) // REFERENCE_IMAGES + 1], seconds)
+            self.last = (training, model.state_dict(), reference_of(x0), seconds)
         _, state, reference, seconds = self.last
         # How the image score is taken belongs to the inference.
         own = {name: value for name, value in state.items() if not name.startswith("anomaly_map_generator")}

@@ -33,6 +33,10 @@ def _blend(mask: np.ndarray, other: np.ndarray, image: np.ndarray) -> np.ndarray
     return mask * other + (1 - mask) * image
 
 
+def _in_blob(changed: np.ndarray, image: np.ndarray, draw: Draw) -> np.ndarray:
+    return _blend(blob(draw, image.shape[1:], _area(draw)), changed, image)
+
+
 def _area(draw: Draw) -> float:
     return float(np.exp(draw.uniform(np.log(0.003), np.log(0.04))))
 
@@ -40,14 +44,14 @@ def _area(draw: Draw) -> float:
 def blur(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
     """A blob that is out of focus."""
     del other
-    return _blend(blob(draw, image.shape[1:], _area(draw)), gaussian_filter(image, (0, 3, 3)), image)
+    return _in_blob(gaussian_filter(image, (0, 3, 3)), image, draw)
 
 
 def tone(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
     """A blob that is brighter or darker by 15 to 50 %."""
     del other
     changed = (image * (1 + draw.choice([-1, 1]) * draw.uniform(0.15, 0.5))).clip(0, 1)
-    return _blend(blob(draw, image.shape[1:], _area(draw)), changed, image)
+    return _in_blob(changed, image, draw)
 
 
 def cut_paste(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
@@ -55,22 +59,20 @@ def cut_paste(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
     del other
     shift = tuple(draw.integers(length // 8, length - length // 8) for length in image.shape[1:])
     turns = draw.integers(4) if image.shape[1] == image.shape[2] else 2 * draw.integers(2)
-    return _blend(
-        blob(draw, image.shape[1:], _area(draw)), np.roll(np.rot90(image, turns, (1, 2)), shift, (1, 2)), image
-    )
+    return _in_blob(np.roll(np.rot90(image, turns, (1, 2)), shift, (1, 2)), image, draw)
 
 
 def texture(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
     """A blob into which an image of another data set is blended by 20 to 70 % (as Zavrtanik et al., 2021)."""
     share = draw.uniform(0.2, 0.7)
-    return _blend(blob(draw, image.shape[1:], _area(draw)), (1 - share) * image + share * other, image)
+    return _in_blob((1 - share) * image + share * other, image, draw)
 
 
 def grain(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
     """A blob with fine noise."""
     del other
     noise = draw.uniform(0.08, 0.25) * field(draw, image.shape[1:], draw.uniform(0.7, 2))
-    return _blend(blob(draw, image.shape[1:], _area(draw)), (image + noise).clip(0, 1), image)
+    return _in_blob((image + noise).clip(0, 1), image, draw)
 
 
 def warp(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
@@ -100,7 +102,7 @@ def line(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
 def erase(image: np.ndarray, other: np.ndarray, draw: Draw) -> np.ndarray:
     """A blob in which all detail is missing."""
     del other
-    return _blend(blob(draw, image.shape[1:], _area(draw)), gaussian_filter(image, (0, 10, 10)), image)
+    return _in_blob(gaussian_filter(image, (0, 10, 10)), image, draw)
 
 
 KINDS: dict[str, Alter] = {

@@ -23,11 +23,22 @@ from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from anomalib_wtflow.post_processor import conformal_threshold
-from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
-from anomalib_wtflow.training.feature_caching import REFERENCE_IMAGES
 from benchmarks.base import Line
-from benchmarks.cached import BATCH, EXTRAS, MAP, Images, Point, best_f1, features, load, normalise, start, train
+from benchmarks.cached import (
+    BATCH,
+    MAP,
+    Images,
+    Point,
+    best_f1,
+    features,
+    load,
+    normalise,
+    reference_of,
+    start,
+    train,
+    untrained,
+)
 from benchmarks.common import Job, table
 from benchmarks.datasets import FOLDERS
 
@@ -54,19 +65,13 @@ def scores(model: WTFlowModel, x: Tensor) -> Tensor:
     return torch.cat([model.predict(part, MAP).pred_score for part in x.split(BATCH)])
 
 
-def untrained(point: Point) -> WTFlowModel:
-    """Build a point's model."""
-    chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
-    return WTFlowModel(get_settings(**chosen)).eval()
-
-
 def fitted(x: Tensor, point: Point) -> WTFlowModel:
     """Train a model on backbone features."""
     model = untrained(point)
     x0 = normalise(model, x, point)
     train(model, x0, point)
     model.eval()
-    model.observe(x0[:: len(x0) // REFERENCE_IMAGES + 1], MAP)
+    model.observe(reference_of(x0), MAP)
     return model
 
 

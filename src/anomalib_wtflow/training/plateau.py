@@ -47,7 +47,7 @@ class Plateau(Callback):
         if not self.tolerance:
             return
         self.losses.append(self._loss(trainer, pl_module))
-        least = max(FIRST, getattr(trainer, "min_epochs", None) or 0)
+        least = getattr(trainer, "min_epochs", None) or 0
         self.message = ""
         if len(self.losses) >= least and has_settled(self.losses, self.tolerance):
             trainer.should_stop = True
