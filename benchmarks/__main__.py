@@ -10,6 +10,7 @@ NAMES = [
     "accuracy",
     "generalise",
     "threshold",
+    "products",
     "ablation",
     "contribution",
     "couplings",

@@ -136,8 +136,8 @@ def normalise(model: WTFlowModel, x: Tensor, point: Point) -> Tensor:
     if module.needs_fit:
         module.ridge = point["ridge"]
         for part in x.split(BATCH):
-            module.update(part)
-        model.fit_normalization()
+            model.update(part, torch.zeros(len(part), dtype=torch.int64))
+        model.finalize()
     return torch.cat([module(part) for part in x.split(BATCH)])
 
 
@@ -193,7 +193,7 @@ class Cache:
         model.load_state_dict(own, strict=False)
         model.eval()
         if not flow:
-            model.flow = lambda x0: x0
+            model.flow = identity
         model.observe(reference, MAP)
         if not point["limit"]:
             model.anomaly_map_generator.limit.fill_(float("inf"))
@@ -207,6 +207,12 @@ class Cache:
         flow = point["start_time"] is not None
         parameters = sum(p.numel() for p in model.field.parameters()) if flow else 0
         return Result(scores, pixels, parameters, round(seconds, 1))
+
+
+def identity(x0: Tensor, product: Tensor | None = None) -> Tensor:
+    """No flow: the features stay where they are."""
+    del product
+    return x0
 
 
 @torch.no_grad()

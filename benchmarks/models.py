@@ -122,8 +122,13 @@ class NoFlow(WTFlow):
 
     def __init__(self, normalization: str = "channel", **kwargs: Any) -> None:
         super().__init__(max_epochs=1, overrides={"normalization": normalization}, **kwargs)
-        self.model.flow = lambda x0: x0
+        self.model.flow = self.no_flow
         self.model.field.requires_grad_(requires_grad=False)
+
+    def no_flow(self, x0: Tensor, product: Tensor | None = None) -> Tensor:
+        """Leave the features where they are."""
+        del product
+        return x0
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Train nothing: the statistics of the features are gathered before the first step."""
@@ -138,7 +143,11 @@ class PositionNoFlow(NoFlow):
         super().__init__(**kwargs)
         self.total: Tensor | float = 0.0
         self.count = 0
-        self.model.flow = lambda x0: x0 - self.total / max(self.count, 1)
+
+    def no_flow(self, x0: Tensor, product: Tensor | None = None) -> Tensor:
+        """Take the mean off."""
+        del product
+        return x0 - self.total / max(self.count, 1)
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Add a batch to the mean."""

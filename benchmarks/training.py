@@ -137,7 +137,7 @@ def train(name: str, data: str, test: bool) -> Line:
     """Train a model in this process, and measure it."""
     row = "WTFlow" if name == NO_CACHE else name
     seed_everything(0, verbose=False)
-    extra = {"feature_cache": 0.0, "max_epochs": FEW_EPOCHS} if name == NO_CACHE else {}
+    extra = {"overrides": {"feature_cache": 0.0}, "max_epochs": FEW_EPOCHS} if name == NO_CACHE else {}
     model = build(row, data, **extra)
     module = data_module(data, None, ROWS[row].batch_size)
     clock = Clock(module if test else None, TEST_EVERY.get(name, 1))

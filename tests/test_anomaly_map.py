@@ -208,7 +208,7 @@ def test_contrast_takes_off_no_more_than_the_limit(image_score: str) -> None:
     anomaly_map = generator.map(training, (16, 16))
     levels = lower_quartile(anomaly_map if image_score == "map" else window_means(-training[:, 0]))
     limit = 3 * levels.max() - 2 * levels.mean()
-    torch.testing.assert_close(generator.limit, limit)
+    torch.testing.assert_close(generator.limit, limit[None])
     assert levels.max() + 0.1 < limit < 4
     for level in (0.2, 1.5, 4.0):
         _, score = generator(torch.full((1, 1, 4, 4), -level), (16, 16))
@@ -312,7 +312,7 @@ def test_processes_observe_what_one_would(image_score: str, split: tuple[int, in
     told: list[list[tuple[torch.Tensor, str]]] = [[], []]
     for part, values in zip(parts, told, strict=True):
         adaptive(image_score=image_score).observe(
-            part, SIZE, lambda value, operation, values=values: (values.append((value, operation)), value)[1]
+            part, SIZE, None, lambda value, operation, values=values: (values.append((value, operation)), value)[1]
         )
     assert [operation for _, operation in told[0]] == [operation for _, operation in told[1]]
     for part in parts:
@@ -324,7 +324,7 @@ def test_processes_observe_what_one_would(image_score: str, split: tuple[int, in
             return first + second if operation == "sum" else torch.maximum(first, second)
 
         generator = adaptive(image_score=image_score)
-        generator.observe(part, SIZE, reduce)
+        generator.observe(part, SIZE, None, reduce)
         torch.testing.assert_close(generator.slope, whole.slope)
         torch.testing.assert_close(generator.limit, whole.limit)
         assert next(pairs, None) is None

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.post_processor import conformal_threshold
+from anomalib_wtflow.torch_model import NormalisedFeatures
 from anomalib_wtflow.training.calibration import Calibration
 from anomalib_wtflow.training.contrast import Contrast
 from conftest import as_mvtec, callback_of, quiet_engine
@@ -107,8 +108,8 @@ def test_threshold_from_validation_normals(trained: SimpleNamespace) -> None:
     assert len(normals) == 10
     post = model.post_processor
     for got, raw in ((post.image_threshold, scores), (post.pixel_threshold, peaks)):
-        torch.testing.assert_close(got, conformal_threshold(raw, 0.1).threshold, rtol=1e-4, atol=1e-5)
-    assert model.post_processor.effective_false_alarm_rate == pytest.approx(1 / 11)
+        torch.testing.assert_close(got[0], conformal_threshold(raw, 0.1).threshold, rtol=1e-4, atol=1e-5)
+    assert model.post_processor.effective_false_alarm_rate.item() == pytest.approx(1 / 11)
     assert len(parts.train_data) == 16
 
 
@@ -122,7 +123,7 @@ def test_threshold_from_a_slice_of_the_training_set(parts: SyntheticParts, tmp_p
             return super().training_step(batch, *args, **kwargs)
 
     module = as_mvtec(parts)
-    model = Spy(max_epochs=1, feature_cache=0, overrides={"calibration_ratio": 0.25}, **SMALL)
+    model = Spy(max_epochs=1, overrides={"calibration_ratio": 0.25, "feature_cache": 0}, **SMALL)
     quiet_engine(tmp_path).fit(model, datamodule=module)
     chosen = [list(callback_of(model, Calibration).data.samples.image_path)]
     everything = set(module.train_data.samples.image_path)
@@ -133,8 +134,8 @@ def test_threshold_from_a_slice_of_the_training_set(parts: SyntheticParts, tmp_p
     items = [item for item in module.train_data if item.image_path in chosen[0]]
     transform = model.pre_processor.transform
     raw = torch.cat([model.eval().model(transform(item.image[None])).pred_score for item in items])
-    torch.testing.assert_close(model.post_processor.image_threshold, conformal_threshold(raw, 0.3).threshold)
-    assert model.post_processor.effective_false_alarm_rate == pytest.approx(0.2)
+    torch.testing.assert_close(model.post_processor.image_threshold[0], conformal_threshold(raw, 0.3).threshold)
+    assert model.post_processor.effective_false_alarm_rate.item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("limit", [1.0, 0])
@@ -186,7 +187,7 @@ def test_the_checkpoint_has_the_threshold_when_steps_end_inside_an_epoch(parts: 
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()[:3]
     items = [module.train_data[index] for index in sorted(order)]
     raw = torch.cat([fresh.model(fresh.pre_processor.transform(item.image[None])).pred_score for item in items])
-    torch.testing.assert_close(fresh.post_processor.image_threshold, conformal_threshold(raw, 0.3).threshold)
+    torch.testing.assert_close(fresh.post_processor.image_threshold[0], conformal_threshold(raw, 0.3).threshold)
 
 
 def test_resuming_with_another_rate_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
@@ -199,8 +200,8 @@ def test_refitting_fits_the_normalisation_again(parts: SyntheticParts, tmp_path:
     """The statistics are those of the second training set alone, also after an aborted first pass."""
     module = as_mvtec(parts)
     model, other = WTFlow(max_epochs=1, **SMALL), WTFlow(max_epochs=1, **SMALL)
-    model.model.normalization.update(torch.randn(8, 176, 4, 4) + 5)
-    model.model.fit_normalization()
+    model.model.update(torch.randn(8, 176, 4, 4) + 5, torch.zeros(8, dtype=torch.int64))
+    model.model.finalize()
     model.model.normalization.update(torch.randn(8, 176, 4, 4) - 5)
     for each in (model, other):
         quiet_engine(tmp_path).fit(each, datamodule=module)
@@ -228,7 +229,7 @@ def test_plain_data_loaders(parts: SyntheticParts, tmp_path: Path) -> None:
     parts.setup()
     model = WTFlow(max_epochs=1, **SMALL)
     quiet_engine(tmp_path).fit(model, parts.train_dataloader(), parts.val_dataloader())
-    assert model.post_processor.effective_false_alarm_rate == pytest.approx(3 / 11)
+    assert model.post_processor.effective_false_alarm_rate.item() == pytest.approx(3 / 11)
     with pytest.raises(ValueError, match="There are no normal images for the threshold"):
         quiet_engine(tmp_path).fit(WTFlow(max_epochs=1, **SMALL), parts.train_dataloader())
 
@@ -374,16 +375,16 @@ def test_scores_in_training_are_those_of_evaluation(parts: SyntheticParts, tmp_p
 
     class Check(Callback):
         def on_train_batch_end(self, *_: object) -> None:
-            features = callback_of(model, Contrast).caching.reference[:4]
+            features = NormalisedFeatures(*(values[:4] for values in callback_of(model, Contrast).caching.reference))
             given = model.score_features(features, (64, 64)).pred_score
             assert field.training
             field.eval()
-            expected = model.model.score(features, (64, 64)).pred_score
+            expected = model.model.score(features.x0, (64, 64)).pred_score
             field.train()
             torch.testing.assert_close(given, expected)
-            assert not torch.allclose(given, model.model.score(features, (64, 64)).pred_score, rtol=1e-3)
+            assert not torch.allclose(given, model.model.score(features.x0, (64, 64)).pred_score, rtol=1e-3)
             with pytest.raises(RuntimeError, match="scores became NaN"):
-                model.score_features(features * torch.nan, (64, 64))
+                model.score_features(features._replace(x0=features.x0 * torch.nan), (64, 64))
             assert field.training
             checked.append(1)
 

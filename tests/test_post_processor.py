@@ -123,7 +123,7 @@ def test_no_warning_where_the_rate_is_just_met() -> None:
     for n, warned in ((19, 0), (18, 1)):
         post = processor(false_alarm_rate=0.05)
         calibration = Calibration(post, 0.2, FeatureCaching(0))
-        calibration.data = [None] * n
+        calibration._names, calibration._counts = ["part"], [n]
         post.effective_false_alarm_rate.fill_(conformal_threshold(torch.rand(n), 0.05).false_alarm_rate)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -62,7 +62,7 @@ WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
     "max_epochs": (lambda k: k >= 1, "a whole number of at least 1"),
     "seed": (lambda k: k >= 0, "a whole number from 0 to below 2^64"),
 }
-OTHER = {"backbone", "layers", "pre_trained", "weights", "image_size"}
+OTHER = {"backbone", "layers", "pre_trained", "weights", "image_size", "start_from"}
 SIZE = "choose a side, or a height and a width, in pixels."
 
 
@@ -174,7 +174,7 @@ def test_a_seed_that_torch_does_not_take() -> None:
 
 
 def test_what_may_be_left_out() -> None:
-    empty = {"layers", "weights", "image_size", "width", "depth", "contrast", "false_alarm_rate"}
+    empty = {"layers", "weights", "start_from", "image_size", "width", "depth", "contrast", "false_alarm_rate"}
     for name in declared():
         if name in empty:
             assert getattr(get_settings(**{name: None}), name) is None

@@ -12,21 +12,33 @@ ROOT = Path(__file__).parents[1]
 
 METHOD = {"flow", "features", "anomaly_map"}
 MODEL = {*METHOD, "settings", "torch_model"}
-TRAINED = {*MODEL, "loss", "post_processor", "training", "deploy", "_registration", "cli.errors", "lightning_model", ""}
+TRAINED = {
+    *MODEL,
+    "products",
+    "loss",
+    "post_processor",
+    "training",
+    "deploy",
+    "_registration",
+    "cli.errors",
+    "lightning_model",
+    "",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "flow": set(),
     "features": set(),
-    "anomaly_map": set(),
+    "anomaly_map": {"flow"},
+    "products": {"flow"},
     "loss": {"flow"},
     "settings": METHOD,
-    "torch_model": {*METHOD, "settings"},
-    "post_processor": {"settings"},
-    "training": {"flow", "features", "settings", "post_processor"},
+    "torch_model": {*METHOD, "settings", "products"},
+    "post_processor": {"flow", "settings"},
+    "training": {"flow", "features", "settings", "products", "torch_model", "post_processor"},
     "deploy": {"flow"},
     "lightning_model": TRAINED - {"lightning_model"},
     "theory": {"flow", "anomaly_map"},
-    "data": {"_registration"},
-    "diagnosis": {*TRAINED, "theory"},
+    "data": {"_registration", "cli.errors"},
+    "diagnosis": {*TRAINED, "data", "theory"},
     "cli": {"", "settings", "diagnosis"},
     "cli.errors": set(),
     "_registration": set(),

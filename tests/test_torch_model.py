@@ -25,8 +25,8 @@ CHANNELS = 24 + 40 + 112
 def fitted(**kwargs: object) -> WTFlowModel:
     model = WTFlowModel(get_settings(**kwargs)).eval()
     if not model.normalization.fitted:
-        model.normalization.update(model.extract(torch.randn(4, 3, 128, 128)))
-        model.fit_normalization()
+        model.update(model.extract(torch.randn(4, 3, 128, 128)), torch.zeros(4, dtype=torch.int64))
+        model.finalize()
     return model
 
 
@@ -75,13 +75,13 @@ def test_detail_is_that_of_each_layer(detail: int) -> None:
 
 
 def test_rare_positions_are_told_from_the_normalised_features() -> None:
-    """``fit_normalization`` fits the sampling to the covariance that the normalisation leaves."""
+    """``finalize`` fits the sampling to the covariance that the normalisation leaves."""
     model = WTFlowModel(get_settings(width=8, detail=2, importance=0.5)).eval()
     assert model.sampling.importance == 0.5
     assert all(torch.equal(weight, torch.eye(len(weight))) for weight in model.sampling.whitening)
     features = model.extract(torch.randn(4, 3, 128, 128))
-    model.normalization.update(features)
-    model.fit_normalization()
+    model.update(features, torch.zeros(4, dtype=torch.int64))
+    model.finalize()
     rows = model.normalization(features).double().movedim(1, -1).flatten(0, -2)
     expected = PositionSampling([24, 40, 112], [2, 2, 1])
     expected.fit(torch.cov(rows.T, correction=0))
@@ -153,7 +153,7 @@ def test_no_averaging() -> None:
 def test_several_steps_follow_the_mean_velocity() -> None:
     """A constant field moves every point by itself, whatever the solver, the number of steps and the start time."""
     model = fitted(start_time=0.25, steps=7, solver="rk4", path="gaussian")
-    model.flow_field.forward = lambda x, t: torch.full_like(x, 2.0)
+    model.flow_field.forward = lambda x, t, condition: torch.full_like(x, 2.0)
     x0 = torch.randn(1, CHANNELS, 3, 3)
     torch.testing.assert_close(model.flow(x0), x0 + 2)
 
@@ -261,10 +261,10 @@ def test_features_are_scored_as_their_images() -> None:
     log_density = model.log_density(model.flow(x0))
     values = generator.values(log_density, generator.map(log_density, (64, 80)))
     tops, levels = (part.double() for part in generator.top_and_level(values))
-    torch.testing.assert_close(generator.limit.double(), 3 * levels.max() - 2 * levels.mean())
+    torch.testing.assert_close(generator.limit[0].double(), 3 * levels.max() - 2 * levels.mean())
     covariance = torch.cov(torch.stack([tops, levels]))
     slope = (covariance[0, 1] / covariance[1, 1]).clamp(0.75, 1.25)
-    torch.testing.assert_close(generator.slope.double(), slope, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generator.slope[0].double(), slope, rtol=1e-4, atol=1e-4)
     given, predicted, seen = model.score(x0, (64, 80)), model.predict(features, (64, 80)), model(images)
     for name in ("anomaly_map", "pred_score"):
         torch.testing.assert_close(getattr(given, name), getattr(seen, name))
@@ -286,8 +286,10 @@ def test_the_first_weights_depend_on_the_seed_alone(network: str) -> None:
     state = again.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
     random = [
-        (one, two) for one, two in zip(first.field.parameters(), other.field.parameters(), strict=True) if one.dim() > 1
-    ]  # those of one dimension start at 0 or 1 in batch normalisations
+        (one, other.field.get_parameter(name))
+        for name, one in first.field.named_parameters()
+        if one.dim() > 1 and not name.endswith("condition")
+    ]  # those of one dimension start at 0 or 1 in batch normalisations, those of the condition at 0
     assert random
     assert not any(torch.equal(one, two) for one, two in random)
 

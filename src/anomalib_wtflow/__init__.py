@@ -6,6 +6,7 @@ The names below are loaded on first use, so that ``import anomalib_wtflow`` cost
 TYPE_CHECKING = False  # `typing` would cost every interpreter 15 ms, through the .pth file
 
 if TYPE_CHECKING:
+    from anomalib_wtflow.data.products import Products
     from anomalib_wtflow.data.synthetic import SyntheticParts
     from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
     from anomalib_wtflow.lightning_model import WTFlow
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FastflowBaseline",
+    "Products",
     "SyntheticParts",
     "WTFlow",
     "WTFlowLoss",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOMES = {
     "FastflowBaseline": "training.baselines",
+    "Products": "data.products",
     "SyntheticParts": "data.synthetic",
     "WTFlow": "lightning_model",
     "WTFlowLoss": "loss",

@@ -58,6 +58,7 @@ def is_ours(finder: Any) -> bool:
 def load_plugin() -> None:
     """Import the modules that register themselves with anomalib; warn, and leave anomalib usable, if that fails."""
     try:
+        import anomalib_wtflow.data.products
         import anomalib_wtflow.data.synthetic
         import anomalib_wtflow.lightning_model  # noqa: F401
     except Exception as error:

@@ -11,6 +11,8 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomalib_wtflow.flow.rows import own
+
 Reduce = Callable[[Tensor, str], Tensor]
 """Reduces a value over the processes of a distributed training, by ``sum`` or ``max``."""
 MAPS = dict.fromkeys(("absolute", "relative"))
@@ -144,6 +146,7 @@ class AnomalyMapGenerator(nn.Module):
         channels: Channels C_l of each of the L layers; None for a single one.
     """
 
+    per_product = ("slope", "limit", "offset")
     weights: Tensor
     slope: Tensor
     limit: Tensor
@@ -166,16 +169,19 @@ class AnomalyMapGenerator(nn.Module):
         self.contrast = contrast
         sizes = torch.tensor([1.0] if channels is None else [float(size) for size in channels]).sqrt()
         self.register_buffer("weights", (sizes / sizes.sum()).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("slope", torch.tensor(1.0 if contrast is None else float(contrast)))
-        self.register_buffer("limit", torch.tensor(float("inf")))
-        self.register_buffer("offset", torch.tensor(0.0))
+        self.register_buffer("slope", torch.tensor([1.0 if contrast is None else float(contrast)]))
+        self.register_buffer("limit", torch.tensor([float("inf")]))
+        self.register_buffer("offset", torch.tensor([0.0]))
 
-    def forward(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, log_density: Tensor, image_size: tuple[int, int] | torch.Size, product: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Make the map and the score.
 
         Args:
             log_density: ``log q_l``, ``(N, L, H, W)``; ``(N, 1, H, W)`` for one that is not split into layers.
             image_size: Height and width of the model's input.
+            product: Place of each image's product, whose slope and limit hold, ``(N,)``; None for the only one.
 
         Returns:
             The anomaly map, ``(N, 1, *image_size)``, and the image score, ``(N,)``; both at least 0.
@@ -184,7 +190,7 @@ class AnomalyMapGenerator(nn.Module):
             ValueError: If the image is smaller than the Gaussian, or the layers are not those of ``channels``.
         """
         anomaly_map = self.map(log_density, image_size)
-        return anomaly_map, self.score(self.values(log_density, anomaly_map))
+        return anomaly_map, self.score(self.values(log_density, anomaly_map), product)
 
     def map(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> Tensor:
         """Make the anomaly map ``(N, 1, *image_size)`` of ``log q_l``, ``(N, L, H, W)``."""
@@ -224,10 +230,12 @@ class AnomalyMapGenerator(nn.Module):
         values = -(self.weights * log_density).sum(dim=1, keepdim=True) if layers == expected else -log_density
         return F.avg_pool2d(values, WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
-    def score(self, values: Tensor) -> Tensor:
+    def score(self, values: Tensor, product: Tensor | None = None) -> Tensor:
         """Score ``(N, 1, H, W)``: ``(N,)``, at least 0, since the level is at most the top."""
-        top, level = self.top_and_level(values)
-        score = top if self.contrast == 0 else top - self.slope * level.minimum(self.limit) + self.offset
+        score, level = self.top_and_level(values)
+        if self.contrast != 0:
+            slope, limit, offset = (own(rows, product) for rows in (self.slope, self.limit, self.offset))
+            score = score - slope * level.minimum(limit) + offset
         # What a top-k does with NaN depends on the runtime; a broken pixel must not pass as normal in any of them.
         mean = values.flatten(1).mean(dim=1)
         return torch.where(mean.isnan(), mean, score)
@@ -256,9 +264,10 @@ class AnomalyMapGenerator(nn.Module):
         self,
         log_density: Tensor,
         image_size: tuple[int, int] | torch.Size,
+        product: Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> None:
-        """Set slope and limit from good training images' ``log q_l``, ``(N, L, H, W)`` (ours).
+        """Set slope and limit of each product from good training images' ``log q_l``, ``(N, L, H, W)`` (ours).
 
         ``slope = Cov(top, level) / Var(level)``, kept in [0.75, 1.25]: among all slopes, the scores of the good images
         then spread least. ``limit = max + 2 (max - mean)`` of the levels.
@@ -266,6 +275,7 @@ class AnomalyMapGenerator(nn.Module):
         Args:
             log_density: ``log q_l`` of good images, ``(N, L, H, W)``; N may be 0 in one of several processes.
             image_size: Height and width of the model's input.
+            product: Place of each image's product, ``(N,)``; None for the only one. One without images stays as it is.
             reduce: Reduces a value over the processes of a distributed training, by ``sum`` or ``max``; None for one.
         """
         if len(log_density):
@@ -273,18 +283,23 @@ class AnomalyMapGenerator(nn.Module):
         else:
             top = level = log_density.new_empty(0)
         top, level = top.cpu().double(), level.cpu().double()  # not all accelerators have float64
-        terms = (torch.ones_like(top), level, top, level * level, level * top)
-        sums = torch.stack([term.sum() for term in terms])
-        largest = level.amax() if len(level) else sums.new_tensor(-torch.inf)
+        places = torch.zeros(len(top), dtype=torch.int64) if product is None else product.cpu()
+        terms = torch.stack([torch.ones_like(top), level, top, level * level, level * top], dim=1)
+        sums = terms.new_zeros(len(self.limit), 5).index_add_(0, places, terms)
+        largest = sums.new_full((len(self.limit),), -torch.inf).scatter_reduce_(0, places, level, "amax")
         if reduce is not None:
             sums, largest = reduce(sums, "sum"), reduce(largest, "max")
-        count, levels, tops, squares, products = sums
-        mean = levels / count
-        self.limit.copy_(largest + MARGIN * (largest - mean))
+        count, levels, tops, squares, products = sums.T
+        seen, mean = count > 0, levels / count
+        self._set("limit", seen, largest + MARGIN * (largest - mean))
         if self.contrast is None:
             variance = squares / count - mean.square()
-            slope = (products / count - mean * tops / count) / variance
+            slope = ((products / count - mean * tops / count) / variance).clamp(*SLOPES)
             # One image, or images that are all alike, tell no slope.
-            self.slope.copy_(slope.clamp(*SLOPES) if variance > EQUAL * mean.square() else torch.ones_like(slope))
+            self._set("slope", seen, torch.where(variance > EQUAL * mean.square(), slope, 1.0))
             # The same for all images: it changes no order, and keeps the scores from being negative.
-            self.offset.copy_((self.slope - 1).clamp(min=0) * self.limit)
+            self._set("offset", seen, (self.slope - 1).clamp(min=0) * self.limit)
+
+    def _set(self, name: str, which: Tensor, values: Tensor) -> None:
+        rows = self.get_buffer(name)
+        rows.copy_(torch.where(which.to(rows.device), values.to(rows), rows))

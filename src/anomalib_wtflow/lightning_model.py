@@ -1,13 +1,11 @@
 """WT-Flow as an anomalib model."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
@@ -31,16 +29,19 @@ from anomalib_wtflow.features.cache import FeatureBatch
 from anomalib_wtflow.flow.schedule import SCHEDULERS
 from anomalib_wtflow.loss import WTFlowLoss
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.products import Recognition
 from anomalib_wtflow.settings import ARGUMENTS, Settings, documented, get_overrides, get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
 from anomalib_wtflow.training import callbacks, checkpoint_rules
 from anomalib_wtflow.training.epoch_default import EpochDefault
+from anomalib_wtflow.training.product_set import ProductSet
+from anomalib_wtflow.training.scoring import Scoring
 from anomalib_wtflow.training.seeding import NOISE, generator_for
 
 
 @register_model
 @documented
-class WTFlow(EpochDefault, Exports, AnomalibModule):
+class WTFlow(EpochDefault, ProductSet, Scoring, Exports, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
     Where an argument that is None by default is left out, the recipe's value holds. Anything given to the trainer
@@ -78,7 +79,7 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
         false_alarm_rate: float | None = Settings.false_alarm_rate,
         max_epochs: int | None = None,
         learning_rate: float | None = None,
-        feature_cache: float = Settings.feature_cache,
+        start_from: str | Path | None = None,
         seed: int = Settings.seed,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -95,6 +96,8 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
             self.max_epochs = self.settings.max_epochs
             self.model = WTFlowModel(self.settings)
             self.loss = WTFlowLoss()
+            if self.settings.start_from is not None:
+                self.start_from(self.settings.start_from)
 
     # Components ------------------------------------------------------------------------------------------------------
 
@@ -144,13 +147,16 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor the weights file is needed."""
-        return super().load_from_checkpoint(*args, **{"pre_trained": False, "weights": None, **kwargs})
+        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed."""
+        files = {"pre_trained": False, "weights": None, "start_from": None}
+        return super().load_from_checkpoint(*args, **{**files, **kwargs})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint which settings and which version it is of."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[checkpoint_rules.KEY] = checkpoint_rules.describe(self._settings_in_force, __version__)
+        checkpoint[checkpoint_rules.KEY] = checkpoint_rules.describe(
+            self._settings_in_force, __version__, self.product_names
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; take over which post-processor it was trained with.
@@ -163,6 +169,7 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
+        self.product_names = checkpoint[checkpoint_rules.KEY]["products"]
         self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
         super().on_load_checkpoint(checkpoint)
 
@@ -181,15 +188,15 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
             RuntimeError: If the loss is NaN or infinite.
         """
         del args, kwargs
-        x0: Any = (
-            batch.features
-            if isinstance(batch, FeatureBatch)
-            else self.model.normalization(self.model.extract(batch.image))  # type: ignore[arg-type]
-        )
+        x0: Any
+        if isinstance(batch, FeatureBatch):
+            x0, product = batch.features, batch.product
+        else:
+            x0, product, _ = self.model.normalise(self.model.extract(batch.image))  # type: ignore[arg-type]
         # Batches, not optimiser steps: batches whose gradients are accumulated draw each for itself.
         place, rank = self.trainer.fit_loop.total_batch_idx, self.global_rank
-        generator = generator_for(self.settings.seed, NOISE, place, rank, x0.device)
-        loss = self.loss(*self.model.regress(x0, generator))
+        generator = generator_for(self.settings.seed, NOISE, place, rank, self.device)
+        loss = self.loss(*self.model.regress(x0, generator, product=product))
         value = loss.item()
         if not math.isfinite(value):
             self._stop(f"The training loss became {value} in epoch {self.current_epoch}")
@@ -202,41 +209,31 @@ class WTFlow(EpochDefault, Exports, AnomalibModule):
         """Score one batch of images, or of their features."""
         del args, kwargs
         predictions: Any = (
-            self.model.score(batch.features, batch.image_size)  # type: ignore[arg-type]
+            self.model.score(batch.features, batch.image_size, batch.product, batch.strangeness)  # type: ignore[arg-type]
             if isinstance(batch, FeatureBatch)
             else self.model(batch.image)
         )
-        return batch.update(**self._finite(predictions)._asdict())
+        # anomalib's batches have no field for it.
+        batch.recognition = Recognition(predictions.product, predictions.strangeness)  # type: ignore[union-attr]
+        self._finite(predictions)
+        return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
 
-    @torch.no_grad()
-    def score_features(self, x0: Tensor, image_size: tuple[int, int]) -> InferenceBatch:
-        """Score normalised features ``(N, C, H, W)`` of images of ``image_size`` pixels as the model does by now."""
-        with self.evaluating():
-            return self._finite(self.model.score(x0.to(self.device), image_size))
+    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score one batch of images."""
+        return self.validation_step(batch, *args, **kwargs)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluate in training, with its precision; only the field knows the two modes."""
-        field = self.model.flow_field
-        training = field.training
-        field.eval()
-        try:
-            with self.trainer.precision_plugin.val_step_context():
-                yield
-        finally:
-            field.train(training)
+    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score one batch of images."""
+        return self.validation_step(batch, *args, **kwargs)
 
-    def _finite(self, predictions: InferenceBatch) -> InferenceBatch:
-        score: Any = predictions.pred_score
-        if self.trainer.state.fn == TrainerFn.FITTING and not score.isfinite().all():
-            self._stop(f"The scores became NaN or infinite in epoch {self.current_epoch}")
-        return predictions
-
-    def _stop(self, what: str) -> None:
-        saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        where = f"the last checkpoint with finite scores is {saved}" if saved else "there is no checkpoint yet"
-        msg = f"{what}: lower learning_rate (now {self.settings.learning_rate}); {where}."
-        raise RuntimeError(msg)
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
+        """Score images as an export does: pre-processed, normalised and labelled."""
+        result = super().forward(batch, *args, **kwargs)
+        return (
+            result
+            if isinstance(result, InferenceBatch)
+            else InferenceBatch(result.pred_score, None, result.anomaly_map)
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build AdamW and its schedule for the field; the backbone is frozen."""

@@ -9,6 +9,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from anomalib_wtflow.flow.rows import allocate, own
 from anomalib_wtflow.settings import Settings, check
 
 
@@ -19,8 +20,19 @@ class ConformalThreshold(NamedTuple):
     false_alarm_rate: float
 
 
+class Scored(NamedTuple):
+    """Raw predictions, and what the model recognised."""
+
+    pred_score: Tensor | None
+    anomaly_map: Tensor | None
+    product: Tensor | None = None
+    strangeness: Tensor | None = None
+
+
 def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThreshold:
     """Split-conformal threshold: the k-th smallest of n normal scores, ``k = n + 1 - floor(rate (n + 1))``.
+
+    A score may be infinite: anomalous whatever the threshold.
 
     If the n scores and that of the next normal image are exchangeable, the next one exceeds the threshold with a
     probability of at most ``(n + 1 - k) / (n + 1) <= rate``, whatever the distribution. Where ``rate < 1 / (n + 1)``
@@ -35,18 +47,18 @@ def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThr
         The threshold, above which a score is anomalous, and the rate that it guarantees.
 
     Raises:
-        ValueError: If there are no scores, or one is NaN or infinite.
+        ValueError: If there are no scores, one is NaN, or so many are infinite that the threshold would be.
     """
     n = scores.numel()
-    finite = int(scores.isfinite().sum())
-    if n == 0 or finite < n:
+    exceed = max(1, math.floor(round(false_alarm_rate * (n + 1), 9)))
+    threshold = scores.sort().values[n - exceed] if n and not scores.isnan().any() else scores.new_tensor(torch.inf)
+    if threshold.isinf():
         msg = (
-            f"{n} scores of normal images, {n - finite} of them NaN or infinite, give no threshold: check the "
-            f"calibration images."
+            f"{n} scores of normal images, {n - int(scores.isfinite().sum())} of them NaN or infinite, give no "
+            f"threshold: check the calibration images."
         )
         raise ValueError(msg)
-    exceed = max(1, math.floor(round(false_alarm_rate * (n + 1), 9)))
-    return ConformalThreshold(scores.sort().values[n - exceed], exceed / (n + 1))
+    return ConformalThreshold(threshold, exceed / (n + 1))
 
 
 class WTFlowPostProcessor(PostProcessor):
@@ -57,6 +69,9 @@ class WTFlowPostProcessor(PostProcessor):
     anomalous pixel. With s >= 0 the raw score and T its threshold, the normalised score is ``s / (s + T)``: 0.5 at the
     threshold, 0.75 at three times the threshold, below 1 always, so that no two scores are clipped to the same value.
     A score is anomalous if it exceeds ``1 - sensitivity``.
+
+    Each product has thresholds of its own: T is that of the product which the model recognises. An image that is like
+    no product (strangeness u > 1) is anomalous, with a score of at least ``u T``.
 
     Which normal images they come from, :class:`anomalib_wtflow.training.calibration.Calibration` says.
 
@@ -71,13 +86,16 @@ class WTFlowPostProcessor(PostProcessor):
         ValueError: If a rate is outside (0, 1).
     """
 
+    per_product = ("_image_threshold", "_pixel_threshold", "effective_false_alarm_rate")
     effective_false_alarm_rate: Tensor
 
     def __init__(self, false_alarm_rate: float | None = Settings.false_alarm_rate, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check("false_alarm_rate", false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate
-        self.register_buffer("effective_false_alarm_rate", torch.tensor(float("nan")))
+        for name in self.per_product:
+            self.register_buffer(name, torch.full((1,), torch.nan))
+        self.register_load_state_dict_pre_hook(_make_room)
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
@@ -85,21 +103,28 @@ class WTFlowPostProcessor(PostProcessor):
 
     # Thresholds ------------------------------------------------------------------------------------------------------
 
-    def calibrate(self, scores: Tensor, peaks: Tensor) -> None:
-        """Set both thresholds.
+    def calibrate(self, scores: Tensor, peaks: Tensor, product: Tensor | None = None, count: int = 1) -> None:
+        """Set both thresholds of each product.
 
         Args:
-            scores: Image scores of n normal images that the field was not trained on, ``(n,)``.
+            scores: Image scores of n normal images that the field was not trained on, ``(n,)``; infinite where an image
+                is like no product.
             peaks: Largest values of their maps, ``(n,)``.
+            product: Places of the products that they were recognised as, ``(n,)``; None for one product.
+            count: Number of products.
 
         Raises:
-            ValueError: If there are none, or one is NaN or infinite.
+            ValueError: If a product has none, one is NaN, or too many are infinite.
         """
         assert self.false_alarm_rate is not None
-        image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in (scores, peaks))
-        self._image_threshold.copy_(image.threshold)
-        self._pixel_threshold.copy_(pixel.threshold)
-        self.effective_false_alarm_rate.fill_(image.false_alarm_rate)
+        allocate(self, count)
+        product = torch.zeros(len(scores), dtype=torch.int64) if product is None else product
+        for place in range(count):
+            chosen = [values[product == place] for values in (scores, peaks)]
+            image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in chosen)
+            self._image_threshold[place] = image.threshold
+            self._pixel_threshold[place] = pixel.threshold
+            self.effective_false_alarm_rate[place] = image.false_alarm_rate
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Gather what anomalib's threshold needs, if that was asked for."""
@@ -113,7 +138,7 @@ class WTFlowPostProcessor(PostProcessor):
 
     # Application -----------------------------------------------------------------------------------------------------
 
-    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+    def forward(self, predictions: Any) -> InferenceBatch:
         """Normalise and label raw predictions, in Python and in exported graphs.
 
         Raises:
@@ -129,11 +154,21 @@ class WTFlowPostProcessor(PostProcessor):
             return result._replace(
                 pred_label=self._or_nan(result.pred_label, score), pred_mask=self._or_nan(result.pred_mask, anomaly_map)
             )
+        product, strangeness = getattr(predictions, "product", None), getattr(predictions, "strangeness", None)
+        image, pixel = own(self.image_threshold, product), own(self.pixel_threshold, product)[:, None, None, None]
+        if anomaly_map is not None and anomaly_map.ndim == 3:
+            pixel = pixel[:, 0]
+        label = self._label(score, image, self.image_sensitivity)
+        if strangeness is not None:
+            strange = strangeness > 1
+            least = strangeness * image.clamp(min=torch.finfo(score.dtype).tiny)
+            score = torch.where(strange, score.maximum(least), score)
+            label = None if label is None else label | strange
         return InferenceBatch(
-            pred_score=self._normalise(score, self.image_threshold),
-            pred_label=self._label(score, self.image_threshold, self.image_sensitivity),
-            anomaly_map=self._normalise(anomaly_map, self.pixel_threshold),
-            pred_mask=self._label(anomaly_map, self.pixel_threshold, self.pixel_sensitivity),
+            pred_score=self._normalise(score, image),
+            pred_label=label,
+            anomaly_map=self._normalise(anomaly_map, pixel),
+            pred_mask=self._label(anomaly_map, pixel, self.pixel_sensitivity),
         )
 
     def post_process_batch(self, batch: Batch) -> None:
@@ -150,7 +185,8 @@ class WTFlowPostProcessor(PostProcessor):
                 "normal nor anomalous: the weights or the image are broken; load another checkpoint or train again."
             )
             raise ValueError(msg)
-        result = self.forward(InferenceBatch(pred_score=batch.pred_score, anomaly_map=batch.anomaly_map))
+        known = getattr(batch, "recognition", None)
+        result = self.forward(Scored(batch.pred_score, batch.anomaly_map, *(known or (None, None))))
         batch.update(**{name: value for name, value in result._asdict().items() if value is not None})
 
     def _check(self, score: Tensor) -> None:
@@ -162,7 +198,7 @@ class WTFlowPostProcessor(PostProcessor):
                 "the weights or the images are broken; load another checkpoint or train again."
             )
             raise ValueError(msg)
-        if (self.enable_thresholding or self.enable_normalization) and self.image_threshold.isnan():
+        if (self.enable_thresholding or self.enable_normalization) and self.image_threshold.isnan().any():
             msg = "There is no threshold: train the model, or load a trained checkpoint (--ckpt_path)."
             raise ValueError(msg)
 
@@ -184,3 +220,10 @@ class WTFlowPostProcessor(PostProcessor):
         limit = threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
         # A comparison with NaN is false: "not below" calls a broken score anomalous, and any without a threshold.
         return ~(raw <= torch.where(threshold.isfinite(), limit, float("nan")))
+
+
+def _make_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a post-processor take the thresholds of one with another number of products."""
+    rows = state.get(f"{prefix}effective_false_alarm_rate")
+    if rows is not None and rows.ndim:
+        allocate(post_processor, len(rows))

@@ -227,6 +227,12 @@ class Settings:
         "Learning rate over the whole training; step is the paper's. Those that fall want plateau 0.",
         scores=False,
     )
+    start_from: str | None = setting(
+        None,
+        FILE,
+        "Checkpoint of a trained model, from whose field, with its products, the training goes on; null to start anew.",
+        scores=False,
+    )
     feature_cache: float = setting(
         4.0,
         number("GiB of memory (0 for no cache)", "[0, inf)"),
@@ -286,7 +292,7 @@ ARGUMENTS = (
     "false_alarm_rate",
     "max_epochs",
     "learning_rate",
-    "feature_cache",
+    "start_from",
     "seed",
 )
 """Settings that are arguments of ``WTFlow``; the others are given as its ``overrides``."""

@@ -23,7 +23,7 @@ def test_the_list_names_each_benchmark_with_a_line(capsys):
 def test_an_unknown_name_says_which_there_are(capsys):
     assert main(["acuracy"]) == 2
     assert (
-        "There is no benchmark 'acuracy': choose one of accuracy, generalise, threshold, ablation"
+        "There is no benchmark 'acuracy': choose one of accuracy, generalise, threshold, products, ablation"
         in capsys.readouterr().err
     )
 

@@ -125,8 +125,7 @@ def test_no_flow_is_the_identity():
 def test_nearest_neighbour_against_brute_force():
     model = models.build("Nearest neighbour", "synthetic")
     channels = model.model.feature_extractor.out_channels
-    model.model.normalization = nn.Identity()
-    model.model.normalization.fitted = True
+    model.model.normalization._fitted.fill_(True)  # with mean 0 and deviation 1
     bank, features = torch.randn(40, channels), torch.randn(2, channels, 16, 16)
     model.bank = [bank[:10], bank[10:]]
     distance = torch.cdist(features.movedim(1, -1).flatten(0, -2), bank).amin(1).view(2, 1, 16, 16)

@@ -148,8 +148,8 @@ def test_other_choices_export(network: str, layers: list[str], detail: int, tmp_
             "sigma": 8.0,
         },
     ).eval()
-    model.model.normalization.update(model.model.extract(torch.randn(4, 3, 96, 80)))
-    model.model.fit_normalization()
+    model.model.update(model.model.extract(torch.randn(4, 3, 96, 80)), torch.zeros(4, dtype=torch.int64))
+    model.model.finalize()
     model.post_processor._image_threshold.fill_(0.1)
     batch = np.random.default_rng(0).random((2, 3, 96, 80), dtype=np.float32)
     got = run_onnx(model.to_onnx(tmp_path), batch)

@@ -135,7 +135,7 @@ def test_an_untrained_model_is_refused(trained: SimpleNamespace, tmp_path: Path)
 
 def scored(path: str, anomalous: bool | None, called: bool | None, score: float) -> ScoredImage:
     empty = torch.zeros(1, 1)
-    return ScoredImage(path, anomalous, None, score, empty, called, None, empty)
+    return ScoredImage(path, anomalous, None, score, empty, called, None, empty, torch.zeros(1), "part")
 
 
 def test_worst_first() -> None:

@@ -36,7 +36,7 @@ def test_whitening_against_scipy() -> None:
     whitening.finalize()
     covariance = np.cov(rows(x).T, bias=True)
     np.testing.assert_allclose(
-        whitening.weight.numpy(), fractional_matrix_power(covariance, -0.5), rtol=1e-4, atol=1e-5
+        whitening.weight[0].numpy(), fractional_matrix_power(covariance, -0.5), rtol=1e-4, atol=1e-5
     )
     y = rows(whitening(x))
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
@@ -50,7 +50,7 @@ def test_the_ridge_is_relative_to_the_mean_eigenvalue() -> None:
     whitening.finalize()
     covariance = np.cov(rows(x).T, bias=True)
     ridged = covariance + 0.5 * np.trace(covariance) / 3 * np.eye(3)
-    np.testing.assert_allclose(whitening.weight.numpy(), fractional_matrix_power(ridged, -0.5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(whitening.weight[0].numpy(), fractional_matrix_power(ridged, -0.5), rtol=1e-4, atol=1e-5)
 
 
 def test_channel_normalization() -> None:

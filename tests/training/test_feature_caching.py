@@ -30,15 +30,6 @@ def test_store_gives_back_what_it_was_given(budget: float) -> None:
             store.append(wrong)
 
 
-@pytest.mark.parametrize("budget", [1e9, 0])
-def test_store_applies_a_function_to_all_it_has(budget: float) -> None:
-    features = torch.randn(35, 3, 2, 4)
-    store = FeatureStore(40, budget)
-    store.append(features)
-    store.apply(lambda part: 2 * part)
-    assert torch.equal(store.features, 2 * features)
-
-
 @pytest.mark.parametrize(("count", "size"), [(7, 3), (2, 4), (8, 2), (1, 1)])
 def test_processes_share_a_store(count: int, size: int, tmp_path: Path) -> None:
     """Each fills a part of its own, all see all; a process without a part opens the file by its shape."""
@@ -52,9 +43,6 @@ def test_processes_share_a_store(count: int, size: int, tmp_path: Path) -> None:
             store.open(features.shape)
     for store in stores:
         assert torch.equal(store.rows, features)
-    for store in stores:
-        store.apply(lambda part: part + 1)
-    assert torch.equal(stores[-1].rows, features + 1)
     assert [file.stat().st_size for file in tmp_path.iterdir()] == [4 * features.numel()]
 
 
@@ -69,6 +57,8 @@ def test_data_set_of_features(parts: SyntheticParts) -> None:
     features, masks = torch.randn(len(images), 3, 2, 2), torch.rand(len(images), 8, 8) > 0.5
     data.store.append(features)
     data.masks.append(masks)
+    data.recognised = FeatureStore(len(images), 1e9)
+    data.recognised.append(torch.tensor([[index % 3, index / 10] for index in range(len(images))]))
     chosen = [5, 0, 11]
     (batch,) = torch.utils.data.DataLoader(data, sampler=chosen, batch_size=3, collate_fn=data.collate_fn)
     items = [images[index] for index in chosen]
@@ -78,6 +68,8 @@ def test_data_set_of_features(parts: SyntheticParts) -> None:
     assert batch.image is None
     assert torch.equal(batch.features, features[chosen])
     assert torch.equal(batch.gt_mask, masks[chosen])
+    assert batch.product.tolist() == [2, 0, 2]
+    torch.testing.assert_close(batch.strangeness, torch.tensor([0.5, 0.0, 1.1]))
     assert batch.gt_label.tolist() == [int(item.gt_label) for item in items]
     assert batch.image_path == [item.image_path for item in items]
     assert data.samples is images.samples
@@ -118,8 +110,14 @@ def backbone_images(parts: SyntheticParts, root: Path, augment: bool = False, **
 def test_no_image_passes_the_backbone_twice(parts: SyntheticParts, tmp_path: Path) -> None:
     """13 training images before the first epoch, 3 for the threshold at its end."""
     for budget in (1.0, 1e-9):
-        assert backbone_images(parts, tmp_path, feature_cache=budget) == {"before": 13, "epochs": 3}
-    assert backbone_images(parts, tmp_path, feature_cache=0) == {"before": 13, "epochs": 3 * 13 + 3}
+        assert backbone_images(parts, tmp_path, overrides={**ALL_EPOCHS, "feature_cache": budget}) == {
+            "before": 13,
+            "epochs": 3,
+        }
+    assert backbone_images(parts, tmp_path, overrides={**ALL_EPOCHS, "feature_cache": 0}) == {
+        "before": 13,
+        "epochs": 3 * 13 + 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -129,16 +127,16 @@ def test_each_epoch_regresses_on_every_images_normalised_features(
     parts: SyntheticParts, tmp_path: Path, budget: float, normalization: str
 ) -> None:
     module = as_mvtec(parts)
-    model = WTFlow(**{**SMALL, "feature_cache": budget, "max_epochs": 2, "overrides": {"normalization": normalization}})
+    model = WTFlow(**{**SMALL, "max_epochs": 2, "overrides": {"normalization": normalization, "feature_cache": budget}})
     regress = model.model.regress
     shown: list[torch.Tensor] = []
 
     def recorded(
-        x0: torch.Tensor, generator: torch.Generator, averaged: bool = False
+        x0: torch.Tensor, generator: torch.Generator, product: torch.Tensor | None = None, averaged: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not averaged:  # which the end of the training is told from
             shown.extend(x0)
-        return regress(x0, generator, averaged=averaged)
+        return regress(x0, generator, product=product, averaged=averaged)
 
     model.model.regress = recorded
     quiet_engine(tmp_path, limit_val_batches=0).fit(model, datamodule=module)
@@ -159,7 +157,7 @@ def test_validation_images_pass_the_backbone_once(
 ) -> None:
     """In three epochs, with the scores, labels, masks and paths that a pass through the backbone would give."""
     module = as_mvtec(parts)
-    model = WTFlow(**{**SMALL, "feature_cache": budget})
+    model = WTFlow(**{**SMALL, "overrides": {**ALL_EPOCHS, "feature_cache": budget}})
     extract, step = model.model.extract, model.validation_step
     seen: list[int] = []
     checked: list[str] = []
@@ -314,10 +312,10 @@ def test_contrast_of_the_training_images(parts: SyntheticParts, tmp_path: Path, 
     tops, levels = torch.stack(tops).double(), torch.stack(levels).double()
     generator = torch_model.anomaly_map_generator
     limit = 3 * levels.max() - 2 * levels.mean()
-    torch.testing.assert_close(generator.limit.double(), limit, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(generator.limit[0].double(), limit, rtol=1e-5, atol=1e-5)
     covariance = torch.cov(torch.stack([tops, levels]))
     slope = (covariance[0, 1] / covariance[1, 1]).clamp(0.75, 1.25) if kept is None else torch.tensor(kept).double()
-    torch.testing.assert_close(generator.slope.double(), slope, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(generator.slope[0].double(), slope, rtol=1e-3, atol=1e-3)
     saved = torch.load(engine.best_model_path, weights_only=False)["state_dict"]
     assert saved["model.anomaly_map_generator.limit"] == generator.limit
     assert saved["model.anomaly_map_generator.slope"] == generator.slope
@@ -346,7 +344,7 @@ def test_a_loaders_own_sampler_decides_what_the_statistics_see(parts: SyntheticP
         model = WTFlow(**{**SMALL, "max_epochs": 1})
         quiet_engine(tmp_path).fit(model, loader, parts.val_dataloader())
         means.append(model.model.normalization.mean)
-        assert len(callback_of(model, FeatureCaching).reference) == 6
+        assert len(callback_of(model, FeatureCaching).reference.x0) == 6
     torch.testing.assert_close(*means)
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from anomalib_wtflow import SyntheticParts, WTFlow, WTFlowModel
 from anomalib_wtflow.settings import get_settings
+from anomalib_wtflow.torch_model import NormalisedFeatures
 from anomalib_wtflow.training.plateau import Plateau, matching_loss_of
 from anomalib_wtflow.training.seeding import PLATEAU, generator_for
 from conftest import as_mvtec, callback_of, quiet_engine
@@ -148,7 +149,9 @@ def test_processes_measure_one_loss(model: WTFlowModel, split: tuple[int, int]) 
     def loss(rank: int, reduce: object) -> float:
         strategy = SimpleNamespace(reduce=reduce)
         trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy)
-        return Plateau(SimpleNamespace(reference=parts[rank]), 0.1)._loss(trainer, module)
+        count = len(parts[rank])
+        reference = NormalisedFeatures(parts[rank], torch.zeros(count, dtype=torch.int64), torch.zeros(count))
+        return Plateau(SimpleNamespace(reference=reference), 0.1)._loss(trainer, module)
 
     told: list[torch.Tensor] = []
 
@@ -187,9 +190,9 @@ def test_the_engine_stops(
         def on_train_epoch_end(self, trainer: object, pl_module: WTFlow) -> None:
             del trainer
             plateau = callback_of(pl_module, Plateau)
-            assert len(plateau.caching.reference) == 13
+            assert len(plateau.caching.reference.x0) == 13
             with pl_module.evaluating():
-                measured.append(matching_loss_of(pl_module.model, plateau.caching.reference))
+                measured.append(matching_loss_of(pl_module.model, plateau.caching.reference.x0))
 
     engine = quiet_engine(tmp_path, callbacks=[Measures()])
     engine.fit(model, datamodule=as_mvtec(parts))

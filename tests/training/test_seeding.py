@@ -32,9 +32,12 @@ def test_each_place_has_numbers_of_its_own() -> None:
         assert torch.equal(values, torch.randn(4, generator=generator_for(*place)))
 
 
-def train(root: Path, parts: SyntheticParts, elsewhere: int, epochs: int = 3, **kwargs: object) -> WTFlow:
+def train(
+    root: Path, parts: SyntheticParts, elsewhere: int, epochs: int = 3, cache: float = 1.0, **kwargs: object
+) -> WTFlow:
     seed_everything(elsewhere)
-    model = WTFlow(max_epochs=epochs, **{**SMALL, **kwargs})
+    settings = {**SMALL, **kwargs}
+    model = WTFlow(max_epochs=epochs, **{**settings, "overrides": {**settings["overrides"], "feature_cache": cache}})
     quiet_engine(root, limit_val_batches=0).fit(model, datamodule=as_mvtec(parts))
     return model
 
@@ -42,10 +45,10 @@ def train(root: Path, parts: SyntheticParts, elsewhere: int, epochs: int = 3, **
 @pytest.mark.parametrize("cache", [1.0, 0])
 def test_whatever_else_draws(parts: SyntheticParts, tmp_path: Path, cache: float) -> None:
     """The global generator's state before the model is built changes nothing; the seed does."""
-    first, second = (train(tmp_path, parts, k, feature_cache=cache).state_dict() for k in (1, 2))
+    first, second = (train(tmp_path, parts, k, cache=cache).state_dict() for k in (1, 2))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0, equal_nan=True)
-    other = train(tmp_path, parts, 1, feature_cache=cache, seed=1).state_dict()
+    other = train(tmp_path, parts, 1, cache=cache, seed=1).state_dict()
     assert not torch.equal(other["model.field.fields.0.head.weight"], first["model.field.fields.0.head.weight"])
 
 
@@ -79,9 +82,12 @@ def test_accumulated_batches_draw_each_for_itself(parts: SyntheticParts, tmp_pat
     model = WTFlow(max_epochs=2, **SMALL)
     regress = model.model.regress
 
-    def recorded(x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def recorded(
+        x0: torch.Tensor, generator: torch.Generator, product: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert product.tolist() == [0] * len(x0)
         drawn.append(torch.rand(1, generator=generator.clone_state()).item())
-        return regress(x0, generator)
+        return regress(x0, generator, product=product)
 
     model.model.regress = recorded
     engine = quiet_engine(tmp_path, limit_val_batches=0, accumulate_grad_batches=2)

@@ -32,6 +32,7 @@ class SyntheticParts(Folder):
         test_images: Good parts to test on.
         defect_images: Defective parts of each kind to test on.
         side: Side of the images in pixels, at least 32. (Not `image_size`: anomalib turns that name into a tuple.)
+        product: Which of the drawn products: 0 is a flange, others have other outlines, holes and colours.
         train_batch_size: Training batch size.
         eval_batch_size: Validation and test batch size.
         num_workers: Loader processes.
@@ -50,6 +51,7 @@ class SyntheticParts(Folder):
         test_images: int = 40,
         defect_images: int = 16,
         side: int = 256,
+        product: int = 0,
         train_batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 0,
@@ -57,16 +59,16 @@ class SyntheticParts(Folder):
         val_split_ratio: float = 0.5,
         seed: int = 0,
     ) -> None:
-        if min(train_images, test_images, defect_images) < 1 or side < 32:
+        if min(train_images, test_images, defect_images) < 1 or side < 32 or product < 0:
             msg = (
                 f"SyntheticParts was asked for {train_images}, {test_images} and {defect_images} images of "
-                f"{side} pixels: "
-                "draw at least 1 of each kind, of at least 32 pixels."
+                f"{side} pixels: draw at least 1 of each kind, of at least 32 pixels (and of product 0, 1, …)."
             )
             raise ValueError(msg)
         self.train_images, self.test_images, self.defect_images = train_images, test_images, defect_images
-        self.side = side
-        folder = Path(root) / f"v{VERSION}_{train_images}_{test_images}_{defect_images}_{side}px_seed{seed}"
+        self.side, self.product = side, product
+        which = f"_product{product}" if product else ""
+        folder = Path(root) / f"v{VERSION}_{train_images}_{test_images}_{defect_images}_{side}px_seed{seed}{which}"
         super().__init__(
             name="SyntheticParts",
             root=folder,
@@ -113,7 +115,7 @@ class SyntheticParts(Folder):
             if defect:
                 masks.mkdir(parents=True)
             for index in range(count):
-                image, mask = draw_part(seed, self.side, defect)
+                image, mask = draw_part(seed, self.side, defect, self.product)
                 Image.fromarray(image).save(folder / name / f"{index:03d}.png")
                 if defect:
                     Image.fromarray(255 * mask.astype(np.uint8)).save(masks / f"{index:03d}.png")

@@ -21,10 +21,12 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, sho
     """
     chosen = spread(range(len(train_data)), TRAINING_IMAGES)
     with torch.no_grad():
-        features = []
+        features, products = [], []
         for item in show(items(train_data, chosen), "Extracting the training features", len(chosen)):
             image, _ = transform(model, item)
-            features.append(model.model.normalization(model.model.extract(image[None].to(model.device))))
+            x0, product, _ = model.model.normalise(model.model.extract(image[None].to(model.device)))
+            features.append(x0)
+            products.append(product)
     x0 = torch.cat(features)
     control, settings = model.model.build_field().to(x0.device), model.settings
     title = "Training plain rFM, to compare with"
@@ -40,4 +42,5 @@ def fit_control(model: WTFlow, train_data: Any, steps: int, batch_size: int, sho
         settings.weight_decay,
         description=title if show.shown else None,
         sampling=model.model.sampling,
+        condition=model.model.condition(torch.cat(products)),
     )

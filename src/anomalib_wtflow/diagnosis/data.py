@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from anomalib.data import AnomalibDataModule, Folder, PredictDataset, get_datamodule
 from omegaconf import OmegaConf
 
+from anomalib_wtflow.data.products import Products
+
 
 class DataSets(NamedTuple):
     """Training images (None if there are none) and test images."""
@@ -19,7 +21,7 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
 
     Args:
         data: anomalib data module; or a YAML file with anomalib's data config, by itself or below ``data``; or a folder
-            in MVTec's layout; or a folder of images without labels.
+            in MVTec's layout, or of such folders, one for each product; or a folder of images without labels.
 
     Returns:
         anomalib data sets, whose items have ``image``, and ``gt_label`` and ``gt_mask`` if they are labelled.
@@ -37,6 +39,8 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
             data = from_config(path)
         elif (path / "test").is_dir():
             data = mvtec_layout(path)
+        elif any((folder / "train" / "good").is_dir() for folder in path.glob("*")):
+            data = Products(root=path)
         else:
             return DataSets(None, images_of(path))
     data.prepare_data()

@@ -6,6 +6,7 @@ from typing import Any
 
 from anomalib.data import AnomalibDataModule
 from lightning import seed_everything
+from matplotlib.figure import Figure
 from torch import nn
 
 from anomalib_wtflow.diagnosis import explanations, figures, toy_figures
@@ -15,8 +16,9 @@ from anomalib_wtflow.diagnosis.data import data_sets
 from anomalib_wtflow.diagnosis.flow_numbers import flow_and_field_numbers
 from anomalib_wtflow.diagnosis.progress import Progress
 from anomalib_wtflow.diagnosis.report import Section, make_folder, write_report
-from anomalib_wtflow.diagnosis.score_numbers import DivergenceChoice, log_density_numbers, score_numbers
+from anomalib_wtflow.diagnosis.score_numbers import DivergenceChoice, all_numbers, by_product, log_density_numbers
 from anomalib_wtflow.diagnosis.scoring import ScoredImage, score_images, worst_first
+from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.theory.centripetal import centripetal_components
 from anomalib_wtflow.theory.points import DATA, TOY_COUPLINGS
 from anomalib_wtflow.theory.singularity import lipschitz_growth
@@ -80,13 +82,13 @@ def diagnose(
         "settings": {k: v for k, v in model.settings.plain().items() if k not in ("pre_trained", "weights")},
         "training_steps": trained_steps,
         "control_steps": steps if len(fields) > 1 else 0,
-        "scores": score_numbers(model, images),
+        **all_numbers(model, images),
         **flow_and_field_numbers(model, fields, images, flow_images, show),
     }
     if log_density is not None:
         numbers["log_density"] = log_density_numbers(model, images, log_density, show)
     title, summary = "Why this WT-Flow model separates", explanations.summary(numbers)
-    return write_report(Path(output), title, summary, _sections(numbers, images), numbers)
+    return write_report(Path(output), title, summary, _sections(model, numbers, images), numbers)
 
 
 def _check(flow_images: int, control_steps: int | None, log_density: str | None) -> None:
@@ -101,18 +103,31 @@ def _check(flow_images: int, control_steps: int | None, log_density: str | None)
         raise ValueError(msg)
 
 
-def _sections(numbers: dict[str, Any], images: list[ScoredImage]) -> list[Section]:
-    """Draw the figures, and find the words for each."""
+def _sections(model: WTFlow, numbers: dict[str, Any], images: list[ScoredImage]) -> list[Section]:
+    """Draw the figures, and find the words for each; of several products, scores and gallery of each."""
     drawn = {
         "radius": figures.radius_along_the_flow(numbers["flow"]),
         "centripetal": figures.centripetal(numbers["flow"]),
         "field": figures.field_over_time(numbers["field"]),
         "histograms": figures.histograms(numbers["scores"]),
-        "gallery": figures.gallery(worst_first(images)[:GALLERY_IMAGES], numbers["scores"]["pixel_threshold"]),
     }
+    products = numbers.get("products", {})
+    if not products:
+        drawn["gallery"] = _gallery(images, numbers["scores"])
     if "log_density" in numbers:
         drawn["log_density"] = figures.log_density(numbers["log_density"])
-    return [(name, figure, *explanations.model(name, numbers)) for name, figure in drawn.items()]
+    sections = [(name, figure, *explanations.model(name, numbers)) for name, figure in drawn.items()]
+    for place, (product, group) in enumerate(by_product(model, images).items() if products else ()):
+        own = {**numbers, "scores": products[product]}
+        parts = {"histograms": figures.histograms(own["scores"]), "gallery": _gallery(group, own["scores"])}
+        for name, figure in parts.items():
+            title, words = explanations.model(name, own)
+            sections.append((f"product-{place:02d}-{name}", figure, f"{product}: {title}", words))
+    return sections
+
+
+def _gallery(images: list[ScoredImage], scores: dict[str, Any]) -> Figure:
+    return figures.gallery(worst_first(images)[:GALLERY_IMAGES], scores["pixel_threshold"])
 
 
 def diagnose_toy(output: str | Path = "results/diagnose-toy", seeds: int = 3, progress: bool = True) -> Path:

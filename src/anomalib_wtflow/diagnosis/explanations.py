@@ -16,8 +16,9 @@ def summary(numbers: dict[str, Any]) -> str:
     for level in ("image", "pixel"):
         auroc, control = scores[f"{level}_auroc"], scores[f"{level}_auroc_no_flow"]
         if auroc is not None:
+            over = ", mean over the products" if "products" in numbers else ""
             parts.append(
-                f"{level.title()} AUROC {auroc:.4f} (the same normalised features without a flow: {control:.4f})."
+                f"{level.title()} AUROC {auroc:.4f}{over} (the same normalised features without a flow: {control:.4f})."
             )
     if scores["threshold"] is None:
         parts.append("The model has no threshold.")
@@ -26,6 +27,10 @@ def summary(numbers: dict[str, Any]) -> str:
             parts.append(f"False alarms: {scores['false_alarms']} of {scores['images']['normal']} good images.")
         if "anomalous" in scores["images"]:
             parts.append(f"Misses: {scores['misses']} of {scores['images']['anomalous']} defective ones.")
+    for name, own in numbers.get("products", {}).items():
+        auroc = "" if own["image_auroc"] is None else f"image AUROC {own['image_auroc']:.4f}, "
+        like = f", {own['unknown']} like no product" if own["unknown"] else ""
+        parts.append(f"{name}: {auroc}{sum(own['images'].values())} images{like}.")
     return " ".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Numbers of the flow and the field."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,12 +84,14 @@ def flow_numbers(
             chosen = _positions(members).to(model.device)
             if not chosen.any():
                 chosen = torch.ones_like(chosen)
-            result["ode"][name][kind] = _along_the_ode(fields[name], x0, chosen)
+            product = torch.cat([image.product for image in members]).to(model.device)
+            told = partial(fields[name], condition=model.model.condition(product))
+            result["ode"][name][kind] = _along_the_ode(told, x0, chosen)
             if kind == "normal" and name in start:
                 middle = result["ode"][name][kind]["radius"]["median"][0]
                 result["predicted_start"][name] = predicted_component(model.model.path, start[name], middle)
             if name == model.settings.coupling:
-                y = model.model.flow(x0)
+                y = model.model.flow(x0, product)
                 steps = torch.linspace(0, 1, 21)
                 result["scored"][kind] = {
                     "tau": steps.tolist(),
@@ -98,7 +101,7 @@ def flow_numbers(
     return result
 
 
-def _along_the_ode(field: nn.Module, x0: Tensor, chosen: Tensor) -> dict[str, dict[str, list[float]]]:
+def _along_the_ode(field: Callable[..., Tensor], x0: Tensor, chosen: Tensor) -> dict[str, dict[str, list[float]]]:
     optimal = optimal_image(x0, torch.randn_like(x0)) - x0
     points = trajectory(field, x0, ODE_TIMES)
     velocities = [
@@ -129,6 +132,7 @@ def field_numbers(
 ) -> dict[str, Any]:
     """Norm ``||v|| / sqrt(C)`` and local Lipschitz constant of each field at points of the paths it was trained on."""
     x0 = torch.stack([image.x0 for image in images]).to(model.device)
+    condition = model.model.condition(torch.cat([image.product for image in images]).to(model.device))
     times = FIELD_TIMES.tolist()
     result: dict[str, Any] = {"t": times, "images": min(len(x0), LIPSCHITZ_IMAGES), "couplings": {}}
     for name, field in fields.items():
@@ -137,8 +141,9 @@ def field_numbers(
             noise = get_coupling(name)(x0, torch.randn_like(x0))
             sample = model.model.path.sample(x0, noise, torch.full((len(x0),), t, device=x0.device))
             with torch.no_grad():
-                norms.append(float(radius(field(sample.x_t, sample.t)).mean()))
+                norms.append(float(radius(field(sample.x_t, sample.t, condition=condition)).mean()))
             few = slice(LIPSCHITZ_IMAGES)
-            constants.append(float(local_lipschitz(field, sample.x_t[few], sample.t[few], 10).mean()))
+            told = partial(field, condition=condition[few])
+            constants.append(float(local_lipschitz(told, sample.x_t[few], sample.t[few], 10).mean()))
         result["couplings"][name] = {"norm": norms, "lipschitz": constants}
     return result

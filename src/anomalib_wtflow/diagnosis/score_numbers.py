@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,10 +24,50 @@ def _number(value: Tensor | float | None) -> float | None:
     return number if number == number else None
 
 
-def score_numbers(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, Any]:
+def thresholds_of(model: WTFlow, place: int) -> list[float | None]:
+    """Return a product's thresholds, of images and of pixels; None where the model has none."""
+    rows = [getattr(model.post_processor, name, None) for name in ("image_threshold", "pixel_threshold")]
+    return [None if row is None else _number(row[place]) for row in rows]
+
+
+def by_product(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, list[ScoredImage]]:
+    """Sort images by the product that the model recognises; one that is like none counts to the nearest."""
+    groups = {
+        name: [image for image in images if int(image.product) == place]
+        for place, name in enumerate(model.product_names)
+    }
+    return {name: group for name, group in groups.items() if group}
+
+
+def all_numbers(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, Any]:
+    """Numbers of all scores and, of several products, those of each.
+
+    Scores of several products are comparable in units of their own thresholds; AUROCs of all are the products' mean.
+    """
+    if len(model.product_names) == 1:
+        return {"scores": score_numbers(model, images, thresholds_of(model, 0))}
+    places = {name: place for place, name in enumerate(model.product_names)}
+    groups = by_product(model, images)
+    products = {name: score_numbers(model, group, thresholds_of(model, places[name])) for name, group in groups.items()}
+    units = {place: [value or 1.0 for value in thresholds_of(model, place)] for place in places.values()}
+    scaled = [
+        image._replace(score=image.score / image_unit, anomaly_map=image.anomaly_map / pixel_unit)
+        for image in images
+        for image_unit, pixel_unit in [units[int(image.product)]]
+    ]
+    known = [value is not None for value in thresholds_of(model, 0)]
+    whole = score_numbers(model, scaled, [1.0 if each else None for each in known])
+    for name in ("image_auroc", "pixel_auroc", "image_auroc_no_flow", "pixel_auroc_no_flow"):
+        values = [numbers[name] for numbers in products.values() if numbers[name] is not None]
+        whole[name] = sum(values) / len(values) if values else None
+    for name, numbers in products.items():
+        numbers["unknown"] = sum(image.recognised != name for image in groups[name])
+    return {"scores": whole, "products": products}
+
+
+def score_numbers(model: WTFlow, images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> dict[str, Any]:
     """Raw scores, thresholds, errors at them, AUROCs, and histograms of the density proxy of images and pixels."""
     kinds = {kind: [image for image in images if image.kind == kind] for kind in ("normal", "anomalous", "unlabelled")}
-    thresholds = [_number(getattr(model.post_processor, name, None)) for name in ("image_threshold", "pixel_threshold")]
     result: dict[str, Any] = {
         "threshold": thresholds[0],
         "pixel_threshold": thresholds[1],
@@ -66,7 +107,7 @@ def _without_flow(model: WTFlow, images: Sequence[ScoredImage]) -> tuple[dict[st
     pixels: dict[str, list[Tensor]] = {}
     for image in images:
         log_density = model.model.log_density(image.x0[None].to(model.device))
-        result = generator(log_density, image.anomaly_map.shape)
+        result = generator(log_density, image.anomaly_map.shape, image.product.to(model.device))
         anomaly_map, score = (values.cpu() for values in result)
         scores.setdefault(image.kind, []).append(score)
         if image.mask is not None:
@@ -93,9 +134,11 @@ def log_density_numbers(
         x = scale * image.x0[None].to(model.device)
         _, channels, height, width = x.shape
         samples = x.movedim(1, -1).reshape(-1, channels, 1, 1) if pointwise else x
-        values = log_density_along_flow(torch_model.flow_field, samples, start, 1.0, method, solver=LOG_DENSITY_SOLVER)
+        product = image.product.to(model.device)
+        told = partial(torch_model.flow_field, condition=torch_model.condition(product))
+        values = log_density_along_flow(told, samples, start, 1.0, method, solver=LOG_DENSITY_SOLVER)
         log_p = values.view(1, 1, height, width) / channels
-        _, score = generator(log_p, image.anomaly_map.shape)
+        _, score = generator(log_p, image.anomaly_map.shape, product)
         scores.setdefault(image.kind, []).append([image.score, score.item()])
     both = "normal" in scores and "anomalous" in scores
     columns = {kind: torch.tensor(rows).T for kind, rows in scores.items()}

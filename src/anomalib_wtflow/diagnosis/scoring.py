@@ -14,6 +14,9 @@ from anomalib_wtflow.training.image_check import raise_for_unreadable
 class ScoredImage(NamedTuple):
     """A test image and what the model made of it; maps and masks are ``(H, W)``, features ``(C, h, w)``.
 
+    ``product`` is the place of the product whose normalisation and thresholds hold, ``(1,)``, and ``recognised`` its
+    name, or ``unknown product``.
+
     ``anomalous`` and ``mask`` are the truth, None where it is not known; ``score`` and ``anomaly_map`` are raw;
     ``called`` and ``called_mask`` are the verdict, None if the model has no threshold.
     """
@@ -26,6 +29,8 @@ class ScoredImage(NamedTuple):
     called: bool | None
     called_mask: Tensor | None
     x0: Tensor
+    product: Tensor
+    recognised: str
 
     @property
     def kind(self) -> str:
@@ -63,6 +68,7 @@ def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredIma
         image, mask = transform(model, item)
         features = model.model.extract(image[None].to(model.device))
         raw: Any = model.model.predict(features, image.shape[-2:])
+        x0, product, _ = model.model.normalise(features)
         verdict: Any = raw if model.post_processor is None else model.post_processor(raw)
         label = None if item.gt_label is None else bool(item.gt_label)
         truth = None if mask is None else mask.squeeze().bool().cpu()
@@ -78,7 +84,9 @@ def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredIma
             anomaly_map=raw.anomaly_map[0, 0].cpu(),
             called=None if verdict.pred_label is None else bool(verdict.pred_label),
             called_mask=None if verdict.pred_mask is None else verdict.pred_mask[0, 0].bool().cpu(),
-            x0=model.model.normalization(features)[0].cpu(),
+            x0=x0[0].cpu(),
+            product=product.cpu(),
+            recognised=model.recognised(raw)[0],
         )
 
 

@@ -1,6 +1,6 @@
 """Features of the frozen backbone, kept between the epochs, so that no image passes the backbone twice (ours)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,11 +101,6 @@ class FeatureStore:
         rows[start : start + len(features)] = features.detach()
         self.filled += len(features)
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace this process's rows by ``function`` of them, which keeps their shape, a few images at a time."""
-        for part in self.features.split(16):
-            part.copy_(function(part))
-
     def open(self, shape: Sequence[int]) -> None:
         """Make room for rows of ``shape``, which starts with their number; shared ones are in the file of all."""
         shape = torch.Size(shape)
@@ -127,10 +122,14 @@ class FeatureBatch(ImageBatch):
     Attributes:
         features: ``(N, C, H, W)``.
         image_size: Height and width of the images, as the model saw them.
+        product: Places of the products that they were recognised as, ``(N,)``.
+        strangeness: How unlike all products they are, ``(N,)``.
     """
 
     features: Tensor | None = None
     image_size: tuple[int, int] | None = None
+    product: Tensor | None = None
+    strangeness: Tensor | None = None
 
     @staticmethod
     def validate_image(image: None) -> None:  # type: ignore[override]
@@ -154,6 +153,7 @@ class FeatureDataset(Dataset):
     def __init__(self, data: Any, truth: bool = False) -> None:
         self.data, self.truth = data, truth
         self.store: FeatureStore | None = None
+        self.recognised: FeatureStore | None = None
         self.masks: FeatureStore | None = None
         self.image_size: tuple[int, int] | None = None
 
@@ -177,10 +177,17 @@ class FeatureDataset(Dataset):
         Raises:
             RuntimeError: If no features were put in yet.
         """
-        if self.store is None or self.store.rows is None:
+        if self.store is None or self.store.rows is None or self.recognised is None:
             msg = "There are no features yet: they are extracted when a training starts."
             raise RuntimeError(msg)
-        batch = FeatureBatch(image=None, features=self.store.rows[indices], image_size=self.image_size)
+        product, strangeness = self.recognition(indices)
+        batch = FeatureBatch(
+            image=None,
+            features=self.store.rows[indices],
+            image_size=self.image_size,
+            product=product,
+            strangeness=strangeness,
+        )
         if self.truth:
             samples = self.data.samples.iloc[indices]
             batch.gt_label = torch.tensor(samples["label_index"].to_numpy(dtype=int))
@@ -188,6 +195,11 @@ class FeatureDataset(Dataset):
             if self.masks is not None and self.masks.rows is not None:
                 batch.gt_mask = Mask(self.masks.rows[indices])
         return batch
+
+    def recognition(self, indices: Any = slice(None)) -> tuple[Tensor, Tensor]:
+        """Return the places of the images' products and how unlike all products they are, ``(N,)`` each."""
+        rows: Any = self.recognised.rows  # type: ignore[union-attr]
+        return rows[indices, 0].long(), rows[indices, 1]
 
     @staticmethod
     def collate_fn(batch: FeatureBatch) -> FeatureBatch:

@@ -55,21 +55,23 @@ class PointwiseConv(nn.Conv2d):
 class PointwiseField(nn.Module):
     """The same residual network at every position: 1x1 convolutions only (ours).
 
-    ``h = A x + B silu(M x + T emb(t))``, then ``h <- h + B' silu(M' h + T' emb(t))`` for each further block,
-    ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide in its neighbourhood, and
-    its cost is a few matrix products.
+    ``h = A x + B silu(M x + T emb(t) + E c)``, c being the condition, then ``h <- h + B' silu(M' h + T' emb(t))`` for
+    each further block, ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide
+    in its neighbourhood, and its cost is a few matrix products.
 
     Args:
         channels: Feature channels C.
         width: Hidden channels, even.
         depth: Number of residual blocks.
+        condition: Channels of the condition; its map E starts at 0.
     """
 
     min_size = 1
     pointwise = True
 
-    def __init__(self, channels: int, width: int = 256, depth: int = 1) -> None:
+    def __init__(self, channels: int, width: int = 256, depth: int = 1, condition: int = 0) -> None:
         super().__init__()
+        self.condition = nn.Parameter(torch.zeros(width, condition))
         self.embedding = TimeEmbedding(width)
         self.stem = PointwiseConv(channels, width)
         self.inner = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))
@@ -77,12 +79,21 @@ class PointwiseField(nn.Module):
         self.outer = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth))
         self.head = PointwiseConv(width, channels)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all."""
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all.
+
+        Args:
+            x: The points.
+            t: The times.
+            condition: ``(N, condition)``, or ``(1, condition)`` for all; None for 0.
+        """
         embedding = self.embedding(t)
         h, z = self.stem(x), x
-        for inner, time, outer in zip(self.inner, self.time, self.outer, strict=True):
-            h = z = h + outer(F.silu(inner(z) + time(embedding)[:, :, None, None]))
+        biases = [time(embedding) for time in self.time]
+        if condition is not None:
+            biases[0] = biases[0] + F.linear(condition, self.condition)
+        for inner, bias, outer in zip(self.inner, biases, self.outer, strict=True):
+            h = z = h + outer(F.silu(inner(z) + bias[:, :, None, None]))
         return self.head(F.silu(h))
 
     points = forward
@@ -126,13 +137,15 @@ class UNetField(nn.Module):
         channels: Feature channels C.
         width: b, even.
         depth: Residual blocks in each down and up stage.
+        condition: Channels of the condition, whose map is added to the time's embedding; it starts at 0 (ours).
     """
 
     min_size = 8
     pointwise = False
 
-    def __init__(self, channels: int, width: int = 48, depth: int = 2) -> None:
+    def __init__(self, channels: int, width: int = 48, depth: int = 2, condition: int = 0) -> None:
         super().__init__()
+        self.condition = nn.Parameter(torch.zeros(width, condition))
 
         def stage(inputs: int, outputs: int) -> nn.ModuleList:
             widths = [inputs] + [outputs] * depth
@@ -145,9 +158,11 @@ class UNetField(nn.Module):
         self.up = nn.ModuleList([stage(8 * width, 2 * width), stage(4 * width, width)])
         self.head = nn.Conv2d(width, channels, 1)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the velocity at points ``(N, C, H, W)``, H and W at least 8, and times ``(N,)`` or ``(1,)``."""
         embedding = self.embedding(t)
+        if condition is not None:
+            embedding = embedding + F.linear(condition, self.condition)
         h = self.stem(x)
         skips = []
         for stage in self.down:
@@ -190,19 +205,22 @@ class LayerwiseField(nn.Module):
         self.min_size = max(field.min_size for field in fields)
         self.pointwise = all(field.pointwise for field in fields)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the velocity at points ``(N, sum_l C_l r_l^2, H, W)`` and times ``(N,)`` or ``(1,)``."""
         layers = x.split(stacked(self.channels, self.detail), dim=1)
         velocities = [
-            F.pixel_unshuffle(field(F.pixel_shuffle(layer, r), t), r) if r > 1 else field(layer, t)
+            F.pixel_unshuffle(field(F.pixel_shuffle(layer, r), t, condition), r)
+            if r > 1
+            else field(layer, t, condition)
             for field, layer, r in zip(self.fields, layers, self.detail, strict=True)
         ]
         return torch.cat(velocities, dim=1)
 
-    def points(self, x: Tensor, t: Tensor) -> Tensor:
+    def points(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the velocity at single positions of each layer, ``(N, sum_l C_l, P, 1)``, of pointwise networks."""
         layers = x.split(self.channels, dim=1)
-        return torch.cat([field(layer, t) for field, layer in zip(self.fields, layers, strict=True)], dim=1)
+        fields = zip(self.fields, layers, strict=True)
+        return torch.cat([field(layer, t, condition) for field, layer in fields], dim=1)
 
 
 def stacked(channels: Sequence[int], detail: Sequence[int]) -> list[int]:
@@ -222,6 +240,7 @@ def get_field(
     width: int | None = None,
     depth: int | None = None,
     detail: Sequence[int] | None = None,
+    condition: int = 0,
 ) -> Field:
     """Build a vector field by name, with a network of its own for each layer of the features.
 
@@ -231,6 +250,7 @@ def get_field(
         width: Width of each network, even; None for its own default: 96 for pointwise ones at finer positions.
         depth: Depth of each network; None for its own default.
         detail: Finer positions a side of each layer, see :class:`LayerwiseField`; None for 1.
+        condition: Channels of a condition that each network is told; 0 for none.
 
     Raises:
         ValueError: If the name is unknown.
@@ -240,5 +260,6 @@ def get_field(
     networks = []
     for size, r in zip(channels, detail or [1] * len(channels), strict=True):
         chosen = FINE_WIDTH if width is None and r > 1 and name == "pointwise" else width
-        networks.append(build(size, **depths, **({} if chosen is None else {"width": chosen})))
+        widths = {} if chosen is None else {"width": chosen}
+        networks.append(build(size, **depths, **widths, condition=condition))
     return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels, detail)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_wtflow.flow.registry import lookup
+from anomalib_wtflow.flow.rows import own
 
 
 def whitening_matrix(covariance: Tensor, ridge: float = 1e-2) -> Tensor:
@@ -33,17 +34,18 @@ class LayerNormalization(nn.Module):
         super().__init__()
         del channels
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``."""
+    def forward(self, features: Tensor, product: Tensor | None = None) -> Tensor:
+        """Normalise ``(N, C, H, W)``; the products do not matter."""
+        del product
         centred = features - features.mean(dim=(1, 2, 3), keepdim=True)
         variance = centred.square().mean(dim=(1, 2, 3), keepdim=True)
         return centred * torch.rsqrt(variance + 1e-12)
 
 
 class Whitening(nn.Module):
-    """``W (x - m)`` at each position, m and S being the training features' mean and covariance (ours).
+    """``W_p (x - m_p)`` at each position of an image of product p (ours).
 
-    W is the :func:`whitening_matrix` of S.
+    m_p and S_p are mean and covariance of its training features, and W_p is the :func:`whitening_matrix` of S_p.
 
     Args:
         channels: Number of channels C.
@@ -51,6 +53,7 @@ class Whitening(nn.Module):
     """
 
     needs_fit = True
+    per_product = ("mean", "weight", "_fitted")
     mean: Tensor
     weight: Tensor
     _fitted: Tensor
@@ -58,70 +61,90 @@ class Whitening(nn.Module):
     def __init__(self, channels: int, ridge: float = 1e-2) -> None:
         super().__init__()
         self.ridge = ridge
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("weight", torch.eye(channels))
-        self.register_buffer("_fitted", torch.tensor(False))
+        self.register_buffer("mean", torch.zeros(1, channels))
+        self.register_buffer("weight", self._weight(torch.eye(channels))[None])
+        self.register_buffer("_fitted", torch.zeros(1, dtype=torch.bool))
         self.reset()
 
     def reset(self) -> None:
         """Forget the sums gathered so far."""
-        channels = self.mean.numel()
+        count, channels = self.mean.shape
         self.sums = [
-            torch.zeros((), dtype=torch.float64),
-            torch.zeros(channels, dtype=torch.float64),
-            torch.zeros(channels, channels, dtype=torch.float64),
+            torch.zeros(count, dtype=torch.float64),
+            torch.zeros(count, channels, dtype=torch.float64),
+            torch.zeros(count, channels, channels, dtype=torch.float64),
         ]
 
     @property
     def fitted(self) -> bool:
-        """Whether the mean and covariance have been estimated."""
-        return bool(self._fitted)
+        """Whether the mean and covariance of each product have been estimated."""
+        return bool(self._fitted.all())
 
-    def update(self, features: Tensor) -> None:
+    def update(self, features: Tensor, product: Tensor | None = None) -> None:
         """Add a batch ``(N, C, H, W)`` to the sums over positions: count, ``sum x``, ``sum x x^T``, in float64.
+
+        Args:
+            features: The batch.
+            product: Place of each image's product, ``(N,)``; None for the first.
 
         Raises:
             ValueError: If a feature is not finite.
         """
-        rows = features.detach().cpu().double().movedim(1, -1).flatten(0, -2)
-        if not rows.isfinite().all():
+        features = features.detach().cpu().double()
+        if not features.isfinite().all():
             msg = "The backbone gave NaN or infinite features: check the weights file and the images."
             raise ValueError(msg)
-        for total, term in zip(self.sums, (torch.tensor(float(len(rows))), rows.sum(0), rows.T @ rows), strict=True):
-            total += term
+        places = torch.zeros(len(features), dtype=torch.int64) if product is None else product.cpu()
+        for place in places.unique().tolist():
+            rows = features[places == place].movedim(1, -1).flatten(0, -2)
+            terms = (torch.tensor(float(len(rows))), rows.sum(0), rows.T @ rows)
+            for total, term in zip(self.sums, terms, strict=True):
+                total[place] += term
 
     def finalize(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
-        """Estimate the mean and the whitening matrix from the sums, and forget the sums.
+        """Estimate means and whitening matrices of products that have none yet, and forget the sums.
 
         Args:
             reduce: Adds a sum up over the processes of a distributed training.
 
         Returns:
-            The covariance of the normalised features, ``(C, C)``, in float64.
+            The covariance of the normalised features within products, ``(C, C)``, in float64.
 
         Raises:
-            ValueError: If there are no features.
+            ValueError: If a product has no features.
         """
-        count, total, outer = (reduce(term).cpu() for term in self.sums)
-        if count == 0:
-            msg = "There are no features to normalise with: the training set is empty."
+        counts, totals, outers = (reduce(term).cpu() for term in self.sums)
+        if (counts == 0).any():
+            msg = "There are no features to normalise with: the training set is empty, or a product's part of it."
             raise ValueError(msg)
-        mean = total / count
-        covariance = outer / count - torch.outer(mean, mean)
-        weight = self._matrix(covariance)
-        self.mean.copy_(mean)
-        self.weight.copy_(weight)
+        within = torch.zeros_like(outers[0])
+        for place, (count, total, outer) in enumerate(zip(counts, totals, outers, strict=True)):
+            mean = total / count
+            covariance = outer / count - torch.outer(mean, mean)
+            if not self._fitted[place]:
+                self.mean[place] = mean.to(self.mean)
+                self.weight[place] = self._weight(self._matrix(covariance)).to(self.weight)
+            weight = self._as_matrix(self.weight[place].cpu().double())
+            within += weight @ covariance @ weight.T * (count / counts.sum())
         self._fitted.fill_(True)
         self.reset()
-        return weight @ covariance @ weight.T
+        return within
 
     def _matrix(self, covariance: Tensor) -> Tensor:
         return whitening_matrix(covariance, self.ridge)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``."""
-        bias = -self.weight @ self.mean
-        return nn.functional.conv2d(features, self.weight[:, :, None, None], bias)
+    @staticmethod
+    def _weight(matrix: Tensor) -> Tensor:
+        return matrix
+
+    @staticmethod
+    def _as_matrix(weight: Tensor) -> Tensor:
+        return weight
+
+    def forward(self, features: Tensor, product: Tensor | None = None) -> Tensor:
+        """Normalise ``(N, C, H, W)`` of images of the products in these places, ``(N,)``; None for the only one."""
+        weight, mean = own(self.weight, product), own(self.mean, product)
+        return (weight @ (features.flatten(2) - mean[:, :, None])).unflatten(2, features.shape[2:])
 
 
 class ChannelNormalization(Whitening):
@@ -130,9 +153,18 @@ class ChannelNormalization(Whitening):
     def _matrix(self, covariance: Tensor) -> Tensor:
         return super()._matrix(torch.diag(covariance.diagonal()))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``."""
-        return (features - self.mean[:, None, None]) * self.weight.diagonal()[:, None, None]
+    @staticmethod
+    def _weight(matrix: Tensor) -> Tensor:
+        return matrix.diagonal()
+
+    @staticmethod
+    def _as_matrix(weight: Tensor) -> Tensor:
+        return weight.diag()
+
+    def forward(self, features: Tensor, product: Tensor | None = None) -> Tensor:
+        """Normalise ``(N, C, H, W)`` of images of the products in these places, ``(N,)``; None for the only one."""
+        weight, mean = own(self.weight, product), own(self.mean, product)
+        return (features - mean[:, :, None, None]) * weight[:, :, None, None]
 
 
 NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {

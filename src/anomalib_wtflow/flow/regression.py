@@ -1,6 +1,7 @@
 """Regression of a vector field on a probability path, in plain torch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def fit_field(
     weight_decay: float = 1e-2,
     description: str | None = None,
     sampling: Callable[[Tensor], Tensor] | None = None,
+    condition: Tensor | None = None,
 ) -> nn.Module:
     """Minimise ``E || v_theta(x_t, t) - u_t ||^2`` over features in memory; AdamW under a cosine schedule.
 
@@ -71,6 +73,7 @@ def fit_field(
         weight_decay: Weight decay.
         description: Title of the progress bar; None for no bar.
         sampling: Draws the positions that a pointwise field sees in a step; None for all.
+        condition: What the field is told of each sample, ``(M, K)``; None for nothing.
 
     Returns:
         The field.
@@ -79,10 +82,13 @@ def fit_field(
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     field.train()
     for _ in track(range(steps), description=description or "", transient=True, disable=description is None):
-        batch = x0[torch.randint(len(x0), (batch_size,), device=x0.device)]
+        drawn = torch.randint(len(x0), (batch_size,), device=x0.device)
+        batch = x0[drawn]
         optimizer.zero_grad()
         velocity: Any
         velocity, shown = (field, batch) if sampling is None else (field.points, sampling(batch))
+        if condition is not None:
+            velocity = partial(velocity, condition=condition[drawn])
         matching_loss(*regress(velocity, shown, path, coupling)).backward()
         optimizer.step()
         scheduler.step()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from anomalib_wtflow.features.cache import FeatureDataset
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.training.feature_caching import FeatureCaching
+from anomalib_wtflow.torch_model import NormalisedFeatures
+from anomalib_wtflow.training.feature_caching import FeatureCaching, products_of_images
 from anomalib_wtflow.training.giving_back import GivesBack
 
 NO_NORMALS = (
@@ -43,8 +44,9 @@ class Calibration(GivesBack):
         self.post_processor, self.ratio, self.caching = post_processor, ratio, caching
         self.data: Any = None
         self._in_validation: list[int] | None = None
-        self._x0: Tensor | None = None
-        self._image_size: Any = None
+        self._features: tuple[NormalisedFeatures, tuple[int, int]] | None = None
+        self._names: list[str] = []
+        self._counts: list[int] = []
         self._full_train_data: Any = None
         self._calibrated_at = -1
 
@@ -99,21 +101,20 @@ class Calibration(GivesBack):
     def _hold_out(self, datamodule: Any) -> None:
         """Take a seeded slice out of the data module's training set."""
         train_data = getattr(datamodule, "train_data", None)
-        count = max(1, round(self.ratio * len(train_data or ())))
-        if train_data is None or not hasattr(train_data, "subsample") or count >= len(train_data):
+        if train_data is None or not hasattr(train_data, "subsample"):
             raise ValueError(NO_NORMALS)
-        order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(SLICE_SEED)).tolist()
-        self.data = train_data.subsample(sorted(order[:count]))
+        held, kept = held_out(train_data, self.ratio)
+        self.data = train_data.subsample(held)
         test_data = getattr(datamodule, "test_data", None)
         self.data.augmentations = getattr(test_data, "augmentations", train_data.augmentations)
         self._full_train_data = train_data
-        datamodule.train_data = train_data.subsample(sorted(order[count:]))
+        datamodule.train_data = train_data.subsample(kept)
 
     def give_back(self, trainer: Trainer) -> None:
         """Give the slice back."""
         if self._full_train_data is not None:
             trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
-        self._full_train_data = self._x0 = None
+        self._full_train_data = self._features = None
 
     # Scoring ---------------------------------------------------------------------------------------------------------
 
@@ -136,40 +137,81 @@ class Calibration(GivesBack):
         """Set the thresholds for the present weights; once a step."""
         if self.data is None or self._calibrated_at == trainer.global_step:
             return
-        self.post_processor.calibrate(*self._score(trainer, pl_module))
-        self._calibrated_at = trainer.global_step
+        names: list[str] = pl_module.product_names  # type: ignore[assignment]
+        scores, peaks, product = self._score(trainer, pl_module)
+        self._counts = torch.bincount(product, minlength=len(names)).tolist()
+        if 0 in self._counts:
+            msg = (
+                f"No normal image for the threshold is recognised as '{names[self._counts.index(0)]}': give it more "
+                "good images, or check that its images are not those of another product."
+            )
+            raise ValueError(msg)
+        self.post_processor.calibrate(scores, peaks, product, len(names))
+        self._calibrated_at, self._names = trainer.global_step, names
 
     @torch.no_grad()
-    def _score(self, trainer: Trainer, model: Any) -> tuple[Tensor, Tensor]:
-        """Return the image scores and the largest pixels of the maps."""
-        if self._x0 is None:
-            self._x0, self._image_size = self._features(trainer, model)
+    def _score(self, trainer: Trainer, model: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the image scores (infinite if like no product), the maps' largest pixels, and the products."""
+        if self._features is None:
+            self._features = self._extract(trainer, model)
+        features, image_size = self._features
         scores, peaks = [], []
-        for x0 in self._x0.split(32):
-            outputs = model.score_features(x0, self._image_size)
+        for part in zip(*(values.split(32) for values in features), strict=True):
+            outputs = model.score_features(NormalisedFeatures(*part), image_size)
             scores.append(outputs.pred_score.float().cpu())
             peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).float().cpu())
-        return torch.cat(scores), torch.cat(peaks)
+        return torch.cat(scores).masked_fill(features.strangeness > 1, torch.inf), torch.cat(peaks), features.product
 
-    def _features(self, trainer: Trainer, model: Any) -> tuple[Tensor, tuple[int, int]]:
+    def _extract(self, trainer: Trainer, model: Any) -> tuple[NormalisedFeatures, tuple[int, int]]:
         validation: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
-        if self._in_validation is None or not isinstance(validation, FeatureDataset) or validation.store is None:
+        dataset: Any = validation
+        indices = self._in_validation
+        if indices is None or not isinstance(dataset, FeatureDataset) or dataset.store is None:
             dataset = self.caching.extract(trainer, model, self.data, "calibration")
-            return dataset.store.rows, dataset.image_size  # type: ignore[union-attr, return-value]
-        return validation.store.rows[self._in_validation], validation.image_size  # type: ignore[index, return-value]
+            indices = list(range(len(dataset)))
+        return NormalisedFeatures(dataset.store.rows[indices], *dataset.recognition(indices)), dataset.image_size
 
     def _report(self) -> None:
-        """Tell the user what the threshold promises, and warn if that is less than was asked for."""
-        post = self.post_processor
-        n, asked, given = len(self.data), post.false_alarm_rate, float(post.effective_false_alarm_rate)
+        """Tell the user what the thresholds promise, and warn if that is less than was asked for."""
+        post, few = self.post_processor, []
+        asked = post.false_alarm_rate
         assert asked is not None
-        rank_zero_info(
-            f"Threshold {float(post.image_threshold):.4g} from {n} normal images that were not trained on: "
-            f"a good image is called anomalous with a probability of at most {given:.2%}."
-        )
-        if given > asked * (1 + 1e-6):  # the buffer is float32
+        for place, (name, n) in enumerate(zip(self._names, self._counts, strict=True)):
+            given = float(post.effective_false_alarm_rate[place])
+            of = f" of '{name}'" if len(self._names) > 1 else ""
+            rank_zero_info(
+                f"Threshold{of} {float(post.image_threshold[place]):.4g} from {n} normal images that were not trained "
+                f"on: a good image is called anomalous with a probability of at most {given:.2%}."
+            )
+            if given > asked * (1 + 1e-6):  # the buffer is float32
+                few.append((of, n, given))
+        if few:
+            counts = "; ".join(
+                f"there are {n}{of}: the threshold guarantees {given:.4f} instead" for of, n, given in few
+            )
             rank_zero_warn(
                 f"false_alarm_rate={asked} needs at least {math.ceil(round(1 / asked, 9)) - 1} normal images for the "
-                f"threshold and there are {n}: the threshold guarantees {given:.4f} instead; give more good images to "
-                "have the rate that you asked for."
+                f"threshold and {counts}; give more good images to have the rate that you asked for."
             )
+
+
+def held_out(data: Any, ratio: float) -> tuple[list[int], list[int]]:
+    """Choose a seeded share of the images of each product, at least one, and return these and the others.
+
+    Raises:
+        ValueError: If none would be left of a product.
+    """
+    names = products_of_images(data) or [""] * len(data)
+    held: list[int] = []
+    for name in sorted(set(names)) or [""]:
+        own = [index for index, each in enumerate(names) if each == name]
+        count = max(1, round(ratio * len(own)))
+        if count >= len(own):
+            msg = (
+                f"The product '{name}' has {len(own)} normal training images: give it at least 2, one to train on and "
+                "one for the threshold, and some hundred for a low false-alarm rate."
+            )
+            raise ValueError(msg if name else NO_NORMALS)
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(SLICE_SEED)).tolist()
+        held += [own[k] for k in order[:count]]
+    return sorted(held), sorted(set(range(len(data))) - set(held))

@@ -12,6 +12,7 @@ from anomalib_wtflow.training.contrast import Contrast
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.image_check import ImageCheck
 from anomalib_wtflow.training.plateau import Plateau
+from anomalib_wtflow.training.product_report import ProductReport
 from anomalib_wtflow.training.seeding import SeededOrder
 
 
@@ -28,4 +29,4 @@ def of(model: Any) -> list[Callback]:
     if isinstance(post_processor, WTFlowPostProcessor):
         result.append(Calibration(post_processor, settings.calibration_ratio, caching))
     result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau)]
-    return [*result, BatchCheck(), ImageCheck()]
+    return [*result, ProductReport(), BatchCheck(), ImageCheck()]

@@ -1,7 +1,10 @@
 """Which checkpoints a model takes."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from anomalib_wtflow.settings import Settings, declared, option
@@ -12,9 +15,28 @@ RESUME = ("false_alarm_rate", "calibration_ratio")
 """Settings that choose which images the field is not trained on, and so must not change when a training goes on."""
 
 
-def describe(settings: Settings, version: str) -> dict[str, Any]:
-    """Return what a checkpoint says of its model: the version of this package, and all settings."""
-    return {"version": version, "settings": settings.plain()}
+def describe(settings: Settings, version: str, products: Sequence[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of its model: the version of this package, all settings, and the products."""
+    return {"version": version, "settings": settings.plain(), "products": list(products)}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, without running any code that it may hold.
+
+    Raises:
+        ValueError: If there is no such file, or it is not a checkpoint.
+    """
+    if not Path(path).is_file():
+        msg = f"There is no checkpoint at '{path}': give the model.ckpt that 'anomalib train --model WTFlow' wrote."
+        raise ValueError(msg)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if {"state_dict", "epoch"} <= set(checkpoint):
+            return checkpoint
+    except Exception:
+        pass
+    msg = f"'{path}' is not a checkpoint of a WTFlow model: give the model.ckpt of its run."
+    raise ValueError(msg)
 
 
 def raise_for_other(checkpoint: dict[str, Any], settings: Settings, resuming: bool) -> None:
@@ -35,6 +57,9 @@ def raise_for_other(checkpoint: dict[str, Any], settings: Settings, resuming: bo
         )
         raise ValueError(msg)
     theirs, ours = checkpoint[KEY]["settings"], settings.plain()
+    if "products" not in checkpoint[KEY]:
+        msg = f"An earlier version ({checkpoint[KEY].get('version')}) wrote the checkpoint: train the model again."
+        raise ValueError(msg)
     names = [name for name, each in declared().items() if each.metadata["scores"] or (resuming and name in RESUME)]
     for name in names:
         if name not in theirs:

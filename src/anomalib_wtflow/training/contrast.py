@@ -29,8 +29,9 @@ class Contrast(Callback):
             return trainer.strategy.reduce(value.to(model.device), reduce_op=operation).to(value.device)
 
         with model.evaluating():
-            reference = self.caching.reference.to(model.device)
-            model.model.observe(reference, self.caching.image_size, reduce if trainer.world_size > 1 else None)
+            x0, product, _ = (values.to(model.device) for values in self.caching.reference)
+            size = self.caching.image_size
+            model.model.observe(x0, size, product, reduce if trainer.world_size > 1 else None)
         self._observed_at = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,14 +15,19 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic
+from anomalib_wtflow.products import places
+from anomalib_wtflow.torch_model import NormalisedFeatures
 from anomalib_wtflow.training.giving_back import GivesBack
 
-REFERENCE_IMAGES = 96
-"""Training images that the contrast and the end of the training are told from."""
+REFERENCE_IMAGES, FEWEST, MOST = 96, 24, 768
+"""Training images of each product that the contrast and the end of the training are told from: 96, or fewer, at least
+24, so that they are at most 768 in all."""
 SPLITS = ("train_data", "val_data")
+KNOWN_SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler, WeightedRandomSampler)
+"""Samplers that may show any image."""
 
 
 class FeatureCaching(GivesBack):
@@ -40,8 +45,8 @@ class FeatureCaching(GivesBack):
         budget: GiB of memory for the features of one data set; 0 for no replacing.
     """
 
-    reference: Tensor
-    """Normalised features of some training images, of this process's part of them."""
+    reference: NormalisedFeatures
+    """Normalised features of some training images of each product, of this process's part of them."""
     image_size: tuple[int, int] = (0, 0)
     """Height and width of the images, as the model sees them."""
 
@@ -60,6 +65,8 @@ class FeatureCaching(GivesBack):
             return
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the backbone is frozen
         datamodule: Any = getattr(trainer, "datamodule", None)
+        if datamodule is not None and trainer.ckpt_path is None:
+            pl_module.set_products(products_of(datamodule.train_data, name_of(datamodule)))
         if not self._can_cache(datamodule, "train_data", pl_module):
             torch.manual_seed(pl_module.settings.seed)  # loaders then draw from torch's own generator
             return
@@ -91,7 +98,7 @@ class FeatureCaching(GivesBack):
         """Give the images and the workers back, and remove shared files."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         for dataset in self._datasets:  # the trainer keeps its loaders, and they these
-            dataset.store = dataset.masks = None
+            dataset.store = dataset.recognised = dataset.masks = None
         self._datasets = []
         for name, value in self._given.items():
             # Images that another callback has put back already are more than those that were given here.
@@ -129,7 +136,7 @@ class FeatureCaching(GivesBack):
         """
         if "train_data" not in self._given:
             loader: Any = trainer.train_dataloader
-            known = isinstance(loader.sampler, RandomSampler | SequentialSampler | DistributedSampler)
+            known = isinstance(loader.sampler, KNOWN_SAMPLERS)
             shown = None if known else sorted(set(loader.sampler))
             self._pass_training_images(trainer, pl_module, loader.collate_fn, loader.dataset, shown)
 
@@ -145,48 +152,71 @@ class FeatureCaching(GivesBack):
             dataset: Images, or an empty data set of features.
             shown: Which of the images a loader's own sampler shows; None for all.
         """
-        normalization = model.model.normalization
-        to_fit = normalization.needs_fit and not (trainer.ckpt_path is not None and normalization.fitted)
-        places = range(len(dataset)) if shown is None else shown
-        count = len(places)
-        cached = isinstance(dataset, FeatureDataset)
-        store = self._store(count) if cached else None
-        chosen = {places[k] for k in torch.linspace(0, count - 1, min(count, REFERENCE_IMAGES)).long().tolist()}
-        own = [places[k] for k in self._share.part(count)]
-        indices = [index for index in own if cached or to_fit or index in chosen]
-        if to_fit:
-            normalization.reset()
-        reference, position = [], 0
+        network, cached = model.model, isinstance(dataset, FeatureDataset)
         images = dataset.data if cached else dataset
+        to_fit = not network.fitted or trainer.ckpt_path is None
+        shown = list(range(len(images))) if shown is None else shown
+        product = self._places(model, images)
+        chosen = references(shown, product)
+        indices = [
+            index for index in (shown[k] for k in self._share.part(len(shown))) if cached or to_fit or index in chosen
+        ]
+        store = self._store(len(shown)) if cached else None
+        if to_fit:
+            network.reset()
+        reference, position = [], 0
         for features, batch in self._extract(trainer, model, images, indices, "training", collate_fn):
-            kept = [k for k in range(len(features)) if indices[position + k] in chosen]
+            here = indices[position : position + len(features)]
             position += len(features)
-            reference.append(features[kept].cpu())
+            reference.append(features[[k for k, index in enumerate(here) if index in chosen]].cpu())
             self.image_size = tuple(batch.image.shape[-2:])  # type: ignore[union-attr]
             if to_fit:
-                normalization.update(features)
+                network.update(features, product[here])
             if store is not None:
                 store.append(features)
         if to_fit:
             self._finalize(trainer, model)
-
-        def normalise(part: Tensor) -> Tensor:
-            return normalization(part.to(model.device)).cpu()
-
-        self.reference = normalise(torch.cat(reference)) if reference else torch.empty(0)
+        gathered = torch.cat(reference) if reference else torch.empty(0)
+        self.reference = self._normalise(model, gathered)
         if store is not None:
             self._agree(trainer, store)
-            store.apply(normalise)
-            trainer.strategy.barrier("normalised features")
-            dataset.store, dataset.image_size = store, self.image_size
+            recognised = self._recognise(model, store)
+            self._agree(trainer, recognised)
+            dataset.store, dataset.recognised, dataset.image_size = store, recognised, self.image_size
+
+    @staticmethod
+    def _places(model: Any, images: Any) -> Tensor:
+        """Return the place of each image's product among the model's, ``(len(images),)``."""
+        names = products_of_images(images)
+        return torch.zeros(len(images), dtype=torch.int64) if names is None else places(names, model.product_names)
+
+    @staticmethod
+    def _normalise(model: Any, features: Tensor) -> NormalisedFeatures:
+        """Normalise features that are kept in memory, a few images at a time."""
+        if not len(features):
+            return NormalisedFeatures(features, torch.empty(0, dtype=torch.int64), torch.empty(0))
+        parts = [model.model.normalise(part.to(model.device)) for part in features.split(32)]
+        return NormalisedFeatures(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
+
+    def _recognise(self, model: Any, store: FeatureStore) -> FeatureStore:
+        """Normalise a store's own part in place, and return what was recognised."""
+        recognised = self._store(store.count)
+        for part in store.features.split(16):
+            x0, product, strangeness = self._normalise(model, part)
+            part.copy_(x0)
+            recognised.append(torch.stack([product.float(), strangeness], dim=1))
+        return recognised
 
     @staticmethod
     def _finalize(trainer: Trainer, model: Any) -> None:
         if trainer.world_size == 1:
-            model.model.fit_normalization()
+            model.model.finalize()
             return
-        reduce = trainer.strategy.reduce
-        model.model.fit_normalization(lambda total: reduce(total.to(model.device), reduce_op="sum"))
+
+        def reduce(value: Tensor, operation: str) -> Tensor:
+            return trainer.strategy.reduce(value.to(model.device), reduce_op=operation).to(value.device)
+
+        model.model.finalize(reduce)
 
     def extract(self, trainer: Trainer, model: Any, data: Any, kind: str) -> FeatureDataset:
         """Return the normalised features of an anomalib data set, which the processes of a machine share."""
@@ -201,12 +231,13 @@ class FeatureCaching(GivesBack):
         with_masks = dataset.truth and any(data.samples.get("mask_path", "") != "")
         masks = self._store(len(data), torch.bool) if with_masks else None
         for features, batch in self._extract(trainer, model, data, store.part, kind, data.collate_fn):
-            store.append(model.model.normalization(features).cpu())
+            store.append(features)
             self.image_size = tuple(batch.image.shape[-2:])  # type: ignore[union-attr]
             if masks is not None:
                 masks.append(batch.gt_mask.bool().cpu())  # type: ignore[union-attr]
-        self._agree(trainer, store, masks)
-        dataset.masks, dataset.image_size = masks, self.image_size
+        recognised = self._recognise(model, store)
+        self._agree(trainer, store, recognised, masks)
+        dataset.recognised, dataset.masks, dataset.image_size = recognised, masks, self.image_size
 
     def _store(self, count: int, dtype: torch.dtype = torch.float32) -> FeatureStore:
         self._stores += 1
@@ -245,3 +276,33 @@ class FeatureCaching(GivesBack):
             with trainer.precision_plugin.val_step_context():
                 features = model.model.extract(batch.image)
             yield features.float(), batch
+
+
+def name_of(datamodule: Any) -> str:
+    """Return what a data module's images show, by its name, where they do not say it themselves."""
+    return str(getattr(datamodule, "category", "") or getattr(datamodule, "name", type(datamodule).__name__))
+
+
+def products_of_images(data: Any) -> list[str] | None:
+    """Return the name of each image's product; None for images that do not know it."""
+    samples = getattr(data, "samples", None)
+    return None if samples is None or "product" not in samples else samples["product"].tolist()
+
+
+def products_of(data: Any, otherwise: str) -> list[str]:
+    """Return the names of the products in a data set, sorted; one name for images that do not know."""
+    names = products_of_images(data)
+    return [otherwise] if names is None else sorted(set(names))
+
+
+def references(shown: Sequence[int], product: Tensor) -> set[int]:
+    """Choose training images of each product, spread over them."""
+    shown_products = product[list(shown)]
+    kinds = shown_products.unique().tolist()
+    most = max(FEWEST, min(REFERENCE_IMAGES, MOST // max(1, len(kinds))))
+    chosen: set[int] = set()
+    for kind in kinds:
+        own = (shown_products == kind).nonzero().flatten()
+        spread = torch.linspace(0, len(own) - 1, min(len(own), most)).long()
+        chosen.update(shown[k] for k in own[spread].tolist())
+    return chosen

@@ -65,12 +65,12 @@ class Plateau(Callback):
             rank_zero_info(self.message)
 
     def _loss(self, trainer: Trainer, model: Any) -> float:
-        reference = self.caching.reference.to(model.device)
+        x0, product, _ = (values.to(model.device) for values in self.caching.reference)
         with model.evaluating():
-            loss = matching_loss_of(model.model, reference, trainer.global_rank) if len(reference) else 0.0
+            loss = matching_loss_of(model.model, x0, product, trainer.global_rank) if len(x0) else 0.0
         if trainer.world_size == 1:
             return loss
-        total = torch.tensor([loss * len(reference), len(reference)], dtype=torch.float64, device=model.device)
+        total = torch.tensor([loss * len(x0), len(x0)], dtype=torch.float64, device=model.device)
         total = trainer.strategy.reduce(total, reduce_op="sum")
         return float(total[0] / total[1])
 
@@ -81,11 +81,14 @@ def has_settled(losses: Sequence[float], tolerance: float) -> bool:
 
 
 @torch.no_grad()
-def matching_loss_of(model: Any, x0: Tensor, rank: int = 0) -> float:
-    """Return the averaged field's matching loss on normalised features ``(N, C, H, W)``.
+def matching_loss_of(model: Any, x0: Tensor, product: Tensor | None = None, rank: int = 0) -> float:
+    """Return the averaged field's matching loss on normalised features ``(N, C, H, W)`` of products ``(N,)``.
 
     Positions, times and noise depend on the model's seed and the rank alone.
     """
     generator = generator_for(model.settings.seed, PLATEAU, 0, rank, x0.device)
-    losses = [(len(part), matching_loss(*model.regress(part, generator, averaged=True))) for part in x0.split(32)]
-    return float(sum(count * loss for count, loss in losses) / len(x0))
+    total = 0.0
+    for indices in torch.arange(len(x0)).split(32):
+        own = None if product is None else product[indices]
+        total += len(indices) * float(matching_loss(*model.regress(x0[indices], generator, product=own, averaged=True)))
+    return total / len(x0)

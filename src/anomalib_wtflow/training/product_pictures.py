@@ -1,0 +1,30 @@
+"""Pictures of several products."""
+
+from pathlib import Path
+from typing import Any
+
+from anomalib.visualization import ImageVisualizer
+
+
+class ProductVisualizer(ImageVisualizer):
+    """anomalib's visualizer, with a folder for each product where images know theirs.
+
+    Images that lie below a folder of the data module's name keep the order that they lie in.
+    """
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        """Save the pictures of a batch."""
+        names = getattr(batch, "product", None)
+        whole = Path(trainer.default_root_dir) / "images" if self.output_dir is None else Path(self.output_dir)
+        self.output_dir = whole
+        if names is None:
+            super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
+            return
+        above = str(getattr(trainer.datamodule, "name", "")).lower()
+        try:
+            for item, name in zip(batch, names, strict=True):
+                inside = above in (part.lower() for part in Path(item.image_path).parts)
+                self.output_dir = whole if inside else whole / name
+                super().on_test_batch_end(trainer, pl_module, outputs, [item], *args)  # type: ignore[arg-type]
+        finally:
+            self.output_dir = whole
