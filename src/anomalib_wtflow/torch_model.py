@@ -106,6 +106,7 @@ class WTFlowModel(nn.Module):
         for part in (self.recognition, self.normalization):
             if part.needs_fit and known is not None:
                 part.get_buffer("_fitted")[known:] = False
+        self.reset()
 
     @property
     def fitted(self) -> bool:
