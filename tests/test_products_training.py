@@ -228,7 +228,7 @@ def test_what_a_training_does_not_start_from(two: SimpleNamespace, tmp_path: Pat
     }.items():
         with pytest.raises(ValueError, match=message):
             WTFlow(start_from=path, **SMALL)
-    with pytest.raises(ValueError, match="The checkpoint was trained with start_time=0.35"):
+    with pytest.raises(ValueError, match=r"The checkpoint was trained with start_time=0\.35"):
         WTFlow(start_from=two.checkpoint, **{**SMALL, "overrides": {**SMALL["overrides"], "start_time": 0.2}})
 
 

@@ -140,7 +140,7 @@ def emptied(folder: Path) -> None:
         (lambda plant: emptied(plant / "nut/train/good"), {}, r"The product 'nut' has no training images: .*nut/train"),
         (lambda plant: shutil.rmtree(plant / "nut/train"), {}, r"The product 'nut' cannot be read, .*folders \(test"),
         (lambda plant: emptied(plant / "washer"), {}, r"The product 'washer' cannot be read, .* holds no images"),
-        (lambda plant: None, {"products": ["screw"]}, r"There is no product 'screw' in '.*': choose from bolt, nut, washer"),
+        (lambda plant: None, {"products": ["screw"]}, r"There is no product 'screw' in '.*': choose from bolt, nut"),
         (lambda plant: None, {"products": ["nut", "nut"]}, r"The product 'nut' is given twice"),
         (lambda plant: None, {"members": {"nut": "SyntheticParts"}}, r"The product 'nut' is given twice"),
         (lambda plant: None, {"members": {"x": "NoSuchData"}}, r"The product 'x' cannot be made of 'NoSuchData'"),
@@ -165,7 +165,7 @@ def test_a_product_of_one_image_is_named(plant: Path) -> None:
     images(plant / "rare" / "train" / "good", 1)
     images(plant / "rare" / "test" / "good", 1)
     module = ready(Products(plant))
-    with pytest.raises(ValueError, match="^The product 'rare' has 1 normal training images: give it at least 2"):
+    with pytest.raises(ValueError, match=r"^The product 'rare' has 1 normal training images: give it at least 2"):
         held_out(module.train_data, 0.2)
 
 
