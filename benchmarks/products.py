@@ -178,7 +178,7 @@ def pool(row: str, seed: int, memo: Memo) -> list[Line]:
         seconds = time.perf_counter() - begin
         for data, module in modules.items():
             model.evaluator.test_metrics = evaluator(ROWS[row].ours, has_masks(module)).test_metrics
-            (metrics,) = runner.test(model, datamodule=module, verbose=False)
+            (metrics,) = quiet_engine(folder).test(model, datamodule=module, verbose=False)
             line = {
                 "data": data,
                 "settings": settings,
@@ -235,7 +235,7 @@ def grow(row: str, count: int) -> Line:
     logging.disable(logging.WARNING)
     products = drawn(count)
     products.prepare_data()
-    extra = {} if row == "WTFlow" else {"masks": True}
+    extra = {"max_epochs": 30} if row == "WTFlow" else {}
     model = build(row, "drawn", **extra)
     with TemporaryDirectory() as folder:
         runner = quiet_engine(folder)

@@ -185,6 +185,32 @@ def test_exports_judge_as_torch_does(two: SimpleNamespace, tmp_path: Path, kind:
     assert got["pred_label"].astype(bool)[6:12].all()  # those of the stranger
 
 
+@pytest.mark.slow
+def test_int8_tells_products_and_strangers_apart(two: SimpleNamespace, tmp_path: Path) -> None:
+    """With ranges from images of both products; who is unknown is told from features in 8 bits."""
+    from anomalib.deploy import CompressionType
+
+    from anomalib_wtflow.deploy.quantization import tail_names
+
+    path = two.model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=two.data)
+    import openvino
+
+    graph = openvino.Core().read_model(path)
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in two.model.model.feature_extractor.network.modules())
+    tail = set(tail_names(graph, convolutions))
+    assert not [op for op in graph.get_ordered_ops() if op.get_friendly_name() in tail and "Fake" in op.get_type_name()]
+    ready = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    stranger = drawn(two.root / "drawn", "triangle")
+    stranger.prepare_data()
+    stranger.setup()
+    for index in range(0, 12, 3):
+        result = ready(stranger.test_data[index].image[None].numpy())
+        assert bool(result["pred_label"][0])
+    own = [ready(item.image[None].numpy())["pred_score"].item() for item in two.data.test_data]
+    exact = [each.score for each in verdicts(two.model, two.data)]
+    assert np.corrcoef(own, exact)[0, 1] > 0.9
+
+
 def test_a_product_is_added(two: SimpleNamespace, tmp_path: Path) -> None:
     """What is known of the others stays, bit by bit; their thresholds are set anew."""
     model = WTFlow(max_epochs=2, start_from=two.checkpoint, **SMALL)

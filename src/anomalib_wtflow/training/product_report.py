@@ -33,9 +33,9 @@ MEAN = "mean"
 class ProductReport(Callback):
     """Print and save the metrics of each product, their mean, and the confusion of true and recognised products.
 
-    Only for models of several products. F1, false alarms and misses are at the model's own thresholds; ``recognised``
-    is the share of good images (of all, where none is good) whose product was told rightly. The file is
-    ``products.json`` in the run's folder.
+    Only for models of several products, and data that say which product each image is of. F1, false alarms and misses
+    are at the model's own thresholds; ``recognised`` is the share of good images (of all, where none is good) whose
+    product was told rightly. The file is ``products.json`` in the run's folder.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class ProductReport(Callback):
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
         """Take the verdicts of a batch."""
         del trainer, args, kwargs
-        if len(pl_module.product_names) == 1 or outputs.gt_label is None or outputs.pred_label is None:
+        true = getattr(outputs, "product", None)
+        if len(pl_module.product_names) == 1 or true is None or outputs.gt_label is None or outputs.pred_label is None:
             return
         recognised = pl_module.recognised(outputs.recognition)
-        true = getattr(outputs, "product", None) or recognised
         columns = (outputs.gt_label.int(), outputs.pred_score, outputs.pred_label.bool())
         self.rows += zip(true, recognised, *(column.tolist() for column in columns), strict=True)
         if outputs.gt_mask is not None and outputs.anomaly_map is not None:
