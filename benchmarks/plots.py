@@ -2,7 +2,8 @@
 
     python -m benchmarks plots
 
-Mean ranks of the ablation's factors and the start time, the latency of one image, AUROC against seconds of training.
+Mean ranks of the ablation's factors and the start time, the latency of one image, AUROC against seconds of training,
+what more products cost.
 """
 
 from typing import Any
@@ -142,6 +143,30 @@ def plot_training(lines: list[Line]) -> Figure:
     return figure
 
 
+def plot_growth(lines: list[Line]) -> Figure:
+    """Mean AUROC, size of what is learnt, and seconds of training, against the number of drawn products."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.0))
+    growth = [line for line in lines if line["part"] == "growth"]
+    ticks = sorted({line["count"] for line in growth})
+    for model in dict.fromkeys(line["model"] for line in growth):
+        own = sorted((line for line in growth if line["model"] == model), key=lambda line: line["count"])
+        counts = [line["count"] for line in own]
+        shown = (
+            [line["image_AUROC"] for line in own],
+            [line["bytes"] / 1e6 for line in own],
+            [line["fit_seconds"] for line in own],
+        )
+        for axis, values in zip(axes, shown, strict=True):
+            axis.plot(counts, values, marker="o", color=colour(model), label=model)
+    for axis, title in zip(axes, ("mean image AUROC", "MB without the backbone", "seconds of training"), strict=True):
+        axis.set(xscale="log", xlabel="products", title=title)
+        axis.set_xticks(ticks, [str(count) for count in ticks])
+    for axis in axes[1:]:
+        axis.set_ylim(bottom=0)
+    axes[0].legend(frameon=False)
+    return figure
+
+
 def render(lines: list[Line]) -> str:
     """Draw all, and say where they are."""
     del lines
@@ -151,6 +176,7 @@ def render(lines: list[Line]) -> str:
         "ablation/start_time.png": plot_start_times(ablation),
         "speed/latency.png": plot_latency(need("latency")),
         "speed/training.png": plot_training(need("training")),
+        "products-growth.png": plot_growth(need("products")),
     }
     for name, figure in figures.items():
         for axis in figure.axes:
