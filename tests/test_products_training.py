@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
 from anomalib_wtflow import Products, SyntheticParts, WTFlow
+from anomalib_wtflow.data.drawing import draw_part
 from anomalib_wtflow.post_processor import conformal_threshold
 from anomalib_wtflow.products import UNKNOWN
 from anomalib_wtflow.training.calibration import Calibration
@@ -133,6 +135,17 @@ def test_pictures_lie_in_a_folder_for_each_product(two: SimpleNamespace) -> None
     assert len(pictures) == len(set(pictures)) == 24
     assert {Path(picture).parts[0] for picture in pictures} == {"flange", "pentagon"}
     assert len({str(Path(picture).parent) for picture in pictures}) == 2 * 4
+
+
+def test_predictions_lie_in_a_folder_for_each_recognised_product(two: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name, product in (("a", 0), ("b", 1), ("c", 4)):
+        Image.fromarray(draw_part(7, 96, product=product)[0]).save(folder / f"{name}.png")
+    engine = quiet_engine(tmp_path)
+    engine.predict(WTFlow.load_from_checkpoint(two.checkpoint), data_path=folder)
+    pictures = {path.stem: path.parent.parent.name for path in (tmp_path / "WTFlow").rglob("*.png")}
+    assert pictures == {"a": "flange", "b": "pentagon", "c": UNKNOWN}
 
 
 def test_the_checkpoint_is_the_whole_model(two: SimpleNamespace) -> None:

@@ -7,20 +7,23 @@ from anomalib.visualization import ImageVisualizer
 
 
 class ProductVisualizer(ImageVisualizer):
-    """anomalib's visualizer, with a folder for each product where images know theirs.
+    """anomalib's visualizer, with a folder for each product: the images' own, or the one that the model recognises.
 
-    Images that lie below a folder of the data module's name keep the order that they lie in.
+    Images that lie below a folder of the data module's name keep the order that they lie in. Of a model of one product,
+    pictures lie where anomalib puts them.
     """
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Save the pictures of a batch."""
         names = getattr(batch, "product", None)
+        if names is None and len(pl_module.product_names) > 1:
+            names = pl_module.recognised(batch.recognition)
         whole = Path(trainer.default_root_dir) / "images" if self.output_dir is None else Path(self.output_dir)
         self.output_dir = whole
         if names is None:
             super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
             return
-        above = str(getattr(trainer.datamodule, "name", "")).lower()
+        above = str(getattr(getattr(trainer, "datamodule", None), "name", "")).lower()
         try:
             for item, name in zip(batch, names, strict=True):
                 inside = above in (part.lower() for part in Path(item.image_path).parts)
