@@ -84,13 +84,17 @@ class StemTold(PointwiseField):
         super().__init__(field.stem.in_channels, field.stem.out_channels, len(field.inner), field.condition.shape[1])
         self.load_state_dict(field.state_dict())
         self.at_stem = nn.Parameter(torch.zeros_like(self.condition))
-        self.told: Tensor | float = 0.0
-        self.stem.register_forward_hook(lambda _module, _inputs, h: h + self.told)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the velocity at points and times."""
-        self.told = 0.0 if condition is None else (condition @ self.at_stem.T)[:, :, None, None]
-        return super().forward(x, t, condition)
+        bias = torch.zeros(1, len(self.at_stem)) if condition is None else condition @ self.at_stem.T
+        hook = self.stem.register_forward_hook(lambda _module, _inputs, h: h + bias[:, :, None, None])
+        try:
+            return super().forward(x, t, condition)
+        finally:
+            hook.remove()
+
+    points = forward
 
 
 def rebuild(model: WTFlowModel, code: str) -> None:

@@ -79,7 +79,7 @@ def test_mixed_precision_is_near_float32(parts: SyntheticParts, tmp_path: Path) 
 def test_a_cpu_checkpoint_goes_on_here_with_clipping_and_mapped_features(parts: SyntheticParts, tmp_path: Path) -> None:
     """Its optimiser was fused; Lightning refuses to clip fused ones under mixed precision."""
     _, engine = train(parts, tmp_path, accelerator="cpu", max_epochs=1)
-    model = WTFlow(image_size=128, false_alarm_rate=0.3, feature_cache=1e-9, overrides={"plateau": 0.0})
+    model = WTFlow(image_size=128, false_alarm_rate=0.3, overrides={"plateau": 0.0, "feature_cache": 1e-9})
     options = {"accelerator": "gpu", "precision": "16-mixed", "gradient_clip_val": 1.0, "max_epochs": 3}
     quiet_engine(tmp_path / "resumed", **options).fit(model, datamodule=parts, ckpt_path=engine.best_model_path)
     assert model.current_epoch == 3

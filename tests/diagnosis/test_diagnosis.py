@@ -127,7 +127,7 @@ def test_images_without_labels(trained: SimpleNamespace, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_an_untrained_model_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
     checkpoint = torch.load(trained.checkpoint, weights_only=False)
-    checkpoint["state_dict"]["model.normalization._fitted"] = torch.tensor(False)
+    checkpoint["state_dict"]["model.normalization._fitted"] = torch.tensor([False])
     torch.save(checkpoint, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match="is not trained: give a checkpoint written after training"):
         load_model(tmp_path / "model.ckpt")

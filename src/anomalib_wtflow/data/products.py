@@ -21,7 +21,7 @@ from anomalib.data import (
     get_datamodule,
 )
 from anomalib.data.utils import LabelName
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler, WeightedRandomSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_wtflow._registration import register_datamodule
@@ -41,6 +41,7 @@ class NumpyProductItem(NumpyImageItem):
 class NumpyProductBatch(NumpyImageBatch):
     """:class:`ProductBatch` with arrays."""
 
+    item_class: ClassVar[type[NumpyImageItem]] = NumpyProductItem
     product: list[str] | None = None
 
 
@@ -114,7 +115,7 @@ class ProductsDataset(AnomalibDataset):
     @property
     def collate_fn(self) -> Callable:
         """Make batches that know their products."""
-        return ProductBatch.collate
+        return collate
 
 
 @register_datamodule
@@ -170,9 +171,10 @@ class Products(AnomalibDataModule):
             if not self.members:
                 msg = "There are no products: give the folder of their folders (--data.root), or members."
                 raise ValueError(msg)
-        folders = [str(Path(member.root).absolute()) for member in self.members.values() if hasattr(member, "root")]
+        roots = [getattr(member, "root", None) for member in self.members.values()]
+        folders = [whole(each) for each in roots if each is not None]
         common = Path(os.path.commonpath(folders)) if folders else Path("Products")
-        self._whole = name or (Path(root).absolute().name if root is not None else common.name) or "Products"
+        self._whole = name or (common.name if root is None else Path(whole(root)).name) or "Products"
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -203,7 +205,7 @@ class Products(AnomalibDataModule):
                 raise ValueError(msg)
             kinds = sorted(kind.name for kind in test.iterdir() if has_images(kind)) if test.is_dir() else []
             defects = [kind for kind in kinds if kind != "good"]
-            masks = [path / "ground_truth" / defect for defect in defects]
+            masks = [path.absolute() / "ground_truth" / defect for defect in defects]
             return Folder(
                 name=name,
                 root=path,
@@ -288,17 +290,62 @@ class Products(AnomalibDataModule):
             collate_fn=self.external_collate_fn or self.train_data.collate_fn,
         )
 
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation images, batched as those of the test."""
+        return self._evaluated(self.val_data) or super().val_dataloader()
+
     def test_dataloader(self) -> DataLoader:
-        """Return the test images; no batch mixes images with masks and without, which anomalib cannot collate."""
-        data: Any = self.test_data
+        """Return the test images; no batch mixes those whose masks are known with others, which would hide them."""
+        return self._evaluated(self.test_data) or super().test_dataloader()
+
+    def _evaluated(self, data: Any) -> DataLoader | None:
+        """Return a loader of batches of one kind, if there are two."""
         if not isinstance(data, ProductsDataset) or data.with_mask.nunique() < 2:
-            return super().test_dataloader()
+            return None
         return DataLoader(
             data,
-            batch_sampler=list(batches(data.with_mask.tolist(), self.eval_batch_size)),
+            batch_sampler=OneKind(SequentialSampler(data), self.eval_batch_size, drop_last=False, kinds=data.with_mask),
             num_workers=self.num_workers,
             collate_fn=self.external_collate_fn or data.collate_fn,
         )
+
+
+class OneKind(BatchSampler):
+    """Batches of what a sampler gives, none of two kinds.
+
+    Args:
+        sampler: Gives indices.
+        batch_size: Most items of a batch.
+        drop_last: As in torch; nothing is dropped here.
+        kinds: The kind of each item, by index.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, kinds: Sequence[bool]) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self.kinds = list(kinds)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches."""
+        indices = list(self.sampler)
+        for places in batches([self.kinds[index] for index in indices], self.batch_size):
+            yield [indices[place] for place in places]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return sum(1 for _ in self)
+
+
+def whole(path: str | Path) -> str:
+    """Return an absolute path without `..`; links stay."""
+    return os.path.normpath(Path(path).absolute())
+
+
+def collate(items: list[ImageItem]) -> ProductBatch:
+    """Make a batch; its masks are unknown if one is."""
+    if any(item.gt_mask is None for item in items):
+        for item in items:
+            item.gt_mask = None
+    return ProductBatch.collate(items)  # type: ignore[return-value]
 
 
 def made_of(name: str, member: Any) -> AnomalibDataModule:

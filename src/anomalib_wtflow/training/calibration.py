@@ -69,7 +69,8 @@ class Calibration(GivesBack):
                 raise ValueError(NO_DEFECTS)
             return
         self._take_normals(validation, [getattr(datamodule, name, None) for name in ("train_data", "test_data")])
-        if self.data is None:
+        if self.data is None or not self._of_all_products(datamodule.train_data):
+            self.data = self._in_validation = None
             self._hold_out(datamodule)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +98,10 @@ class Calibration(GivesBack):
         shared = any(paths & set(other.samples["image_path"]) for other in others if hasattr(other, "samples"))
         if normal and not shared:
             self.data, self._in_validation = data.subsample(normal), normal
+
+    def _of_all_products(self, train_data: Any) -> bool:
+        """Whether there are normal images of each product that is trained on."""
+        return set(products_of_images(train_data) or ()) <= set(products_of_images(self.data) or ())
 
     def _hold_out(self, datamodule: Any) -> None:
         """Take a seeded slice out of the data module's training set."""

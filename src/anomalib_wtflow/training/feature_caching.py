@@ -228,7 +228,8 @@ class FeatureCaching(GivesBack):
         """Pass a data set's images through the backbone, and put their normalised features into it."""
         data = dataset.data
         dataset.store = store = self._store(len(data))
-        with_masks = dataset.truth and any(data.samples.get("mask_path", "") != "")
+        known = getattr(data, "with_mask", None)  # of each image, where some have masks and others none
+        with_masks = dataset.truth and any(data.samples.get("mask_path", "") != "") and (known is None or known.all())
         masks = self._store(len(data), torch.bool) if with_masks else None
         for features, batch in self._extract(trainer, model, data, store.part, kind, data.collate_fn):
             store.append(features)

@@ -65,17 +65,20 @@ class ProductReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print, log and save the report."""
-        rows, pixels = self.rows, {name: metric.compute() for name, metric in self.pixels.items()}
+        parts: list[Any] = [(self.rows, set(self.pixels))]
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
+            parts *= trainer.world_size
+            torch.distributed.all_gather_object(parts, (self.rows, set(self.pixels)))
+        rows = [row for part, _ in parts for row in part]
+        # All processes compute all metrics, in one order, since they wait for each other in each.
+        pixels = {name: self.pixels[name].compute() for name in sorted(set().union(*(names for _, names in parts)))}
         if not rows or not trainer.is_global_zero:
             return
         report = report_of(rows, pixels)
         for name, value in report["mean"].items():
             pl_module.log(f"products_{name}", value, rank_zero_only=True)
         path = Path(trainer.default_root_dir) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         for table in tables(report):
             Console().print(table)

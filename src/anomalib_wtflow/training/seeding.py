@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Generator
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler, WeightedRandomSampler
 
 ORDER, NOISE, PLATEAU = 0, 1, 2
 """What the numbers are for."""
@@ -35,7 +35,7 @@ class SeededOrder(Callback):
         """Give the sampler its generator; a distributed one has its own, by seed and epoch."""
         del pl_module
         sampler = getattr(trainer.train_dataloader, "sampler", None)
-        if isinstance(sampler, RandomSampler):
+        if isinstance(sampler, RandomSampler | WeightedRandomSampler):
             sampler.generator = generator_for(self.seed, ORDER, trainer.current_epoch)
         elif isinstance(sampler, DistributedSampler):
             sampler.seed = self.seed
