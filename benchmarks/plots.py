@@ -161,8 +161,9 @@ def plot_growth(lines: list[Line]) -> Figure:
     for axis, title in zip(axes, ("mean image AUROC", "MB without the backbone", "seconds of training"), strict=True):
         axis.set(xscale="log", xlabel="products", title=title)
         axis.set_xticks(ticks, [str(count) for count in ticks])
+    axes[0].set_ylim(0.5, 1.02)
     for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
     axes[0].legend(frameon=False)
     return figure
 
