@@ -11,10 +11,8 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomalib_wtflow.flow.rows import own
+from anomalib_wtflow.flow.rows import Reduce, own
 
-Reduce = Callable[[Tensor, str], Tensor]
-"""Reduces a value over the processes of a distributed training, by ``sum`` or ``max``."""
 MAPS = dict.fromkeys(("absolute", "relative"))
 IMAGE_SCORES = dict.fromkeys(("map", "features"))
 WINDOW = 3

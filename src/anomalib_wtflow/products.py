@@ -1,15 +1,14 @@
 """Which product an image shows, told by the model itself (ours): nearest centroid of pooled backbone features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from anomalib_wtflow.flow.normalization import whitening_matrix
+from anomalib_wtflow.flow.rows import Reduce
 
-Reduce = Callable[[Tensor, str], Tensor]
-"""Reduces a value over the processes of a distributed training, by ``sum`` or ``max``."""
 UNKNOWN = "unknown product"
 RIDGE = 1.0
 """Added to the spread within products: what other days bring is not seen in training."""

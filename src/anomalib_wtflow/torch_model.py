@@ -15,10 +15,10 @@ from anomalib_wtflow.flow.field import Field, get_field
 from anomalib_wtflow.flow.normalization import get_normalization
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.regression import regress
-from anomalib_wtflow.flow.rows import CODE_CHANNELS, allocate, codes, own
+from anomalib_wtflow.flow.rows import CODE_CHANNELS, Reduce, allocate, codes, own
 from anomalib_wtflow.flow.sampling import PositionSampling
 from anomalib_wtflow.flow.solver import get_solver
-from anomalib_wtflow.products import ProductRecognition, Reduce
+from anomalib_wtflow.products import ProductRecognition
 from anomalib_wtflow.settings import Settings
 
 

@@ -89,22 +89,21 @@ class ProductsDataset(AnomalibDataset):
                 for path in samples.loc[given, "image_path"]
             ]
         self.samples = samples
+        self.masked = frozenset(samples.loc[samples["mask_path"] != "", "product"])
         self.samples.attrs["task"] = TaskType.SEGMENTATION if self.with_mask.any() else TaskType.CLASSIFICATION
 
     @property
     def with_mask(self) -> "pd.Series[bool]":
         """Whether it is known of each image where it is defective: of good ones of products that have masks, too."""
         samples = self.samples
-        known = samples.loc[samples["mask_path"] != "", "product"].unique()
-        return samples["product"].isin(known) & (
-            (samples["mask_path"] != "") | (samples["label_index"] == LabelName.NORMAL)
-        )
+        told = (samples["mask_path"] != "") | (samples["label_index"] == LabelName.NORMAL)
+        return samples["product"].isin(self.masked) & told
 
     def __getitem__(self, index: int) -> ProductItem:
         """Return an image, its mask if there is one, and its product."""
         row, task = self.samples.iloc[index], self.samples.attrs["task"]
         try:
-            if not self.with_mask.iloc[index]:
+            if row["product"] not in self.masked or (not row["mask_path"] and row["label_index"] != LabelName.NORMAL):
                 self.samples.attrs["task"] = TaskType.CLASSIFICATION
             item = super().__getitem__(index)
         finally:

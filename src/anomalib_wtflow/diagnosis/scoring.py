@@ -67,8 +67,8 @@ def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredIma
     for item in show(items(data, range(len(data))), "Scoring the test images", len(data)):
         image, mask = transform(model, item)
         features = model.model.extract(image[None].to(model.device))
-        raw: Any = model.model.predict(features, image.shape[-2:])
-        x0, product, _ = model.model.normalise(features)
+        x0, product, strangeness = model.model.normalise(features)
+        raw: Any = model.model.score(x0, image.shape[-2:], product, strangeness)
         verdict: Any = raw if model.post_processor is None else model.post_processor(raw)
         label = None if item.gt_label is None else bool(item.gt_label)
         truth = None if mask is None else mask.squeeze().bool().cpu()

@@ -3,9 +3,13 @@
 A module names such buffers in ``per_product``; their first dimension is the number of products.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+Reduce = Callable[[Tensor, str], Tensor]
+"""Reduces a value over the processes of a distributed training, by ``sum`` or ``max``."""
 CODE_CHANNELS = 32
 """Numbers of the code by which the field is told the product."""
 

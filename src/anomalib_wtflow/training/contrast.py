@@ -4,9 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
-from anomalib_wtflow.training.feature_caching import FeatureCaching
+from anomalib_wtflow.training.feature_caching import FeatureCaching, over_processes
 
 
 class Contrast(Callback):
@@ -24,14 +23,10 @@ class Contrast(Callback):
         """Set them for the present weights, while training; once a step."""
         if trainer.state.fn != TrainerFn.FITTING or self._observed_at == trainer.global_step:
             return
-
-        def reduce(value: Tensor, operation: str) -> Tensor:
-            return trainer.strategy.reduce(value.to(model.device), reduce_op=operation).to(value.device)
-
         with model.evaluating():
             x0, product, _ = (values.to(model.device) for values in self.caching.reference)
             size = self.caching.image_size
-            model.model.observe(x0, size, product, reduce if trainer.world_size > 1 else None)
+            model.model.observe(x0, size, product, over_processes(trainer, model))
         self._observed_at = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic
+from anomalib_wtflow.flow.rows import Reduce
 from anomalib_wtflow.products import places
 from anomalib_wtflow.torch_model import NormalisedFeatures
 from anomalib_wtflow.training.giving_back import GivesBack
@@ -175,7 +176,7 @@ class FeatureCaching(GivesBack):
             if store is not None:
                 store.append(features)
         if to_fit:
-            self._finalize(trainer, model)
+            model.model.finalize(over_processes(trainer, model))
         gathered = torch.cat(reference) if reference else torch.empty(0)
         self.reference = self._normalise(model, gathered)
         if store is not None:
@@ -206,17 +207,6 @@ class FeatureCaching(GivesBack):
             part.copy_(x0)
             recognised.append(torch.stack([product.float(), strangeness], dim=1))
         return recognised
-
-    @staticmethod
-    def _finalize(trainer: Trainer, model: Any) -> None:
-        if trainer.world_size == 1:
-            model.model.finalize()
-            return
-
-        def reduce(value: Tensor, operation: str) -> Tensor:
-            return trainer.strategy.reduce(value.to(model.device), reduce_op=operation).to(value.device)
-
-        model.model.finalize(reduce)
 
     def extract(self, trainer: Trainer, model: Any, data: Any, kind: str) -> FeatureDataset:
         """Return the normalised features of an anomalib data set, which the processes of a machine share."""
@@ -307,3 +297,14 @@ def references(shown: Sequence[int], product: Tensor) -> set[int]:
         spread = torch.linspace(0, len(own) - 1, min(len(own), most)).long()
         chosen.update(shown[k] for k in own[spread].tolist())
     return chosen
+
+
+def over_processes(trainer: Trainer, model: Any) -> Reduce:
+    """Return what reduces a value over the processes of a training, on the model's device and back."""
+
+    def reduce(value: Tensor, operation: str) -> Tensor:
+        if trainer.world_size == 1:
+            return value
+        return trainer.strategy.reduce(value.to(model.device), reduce_op=operation).to(value.device)
+
+    return reduce
