@@ -380,7 +380,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from anomalib_wtflow.training.product_report import ProductReport
+from anomalib_wtflow.reporting.product_report import ProductReport
 
 rank, root, names, alone = int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 torch.distributed.init_process_group(

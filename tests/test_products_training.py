@@ -14,9 +14,9 @@ from anomalib_wtflow import Products, SyntheticParts, WTFlow
 from anomalib_wtflow.data.drawing import draw_part
 from anomalib_wtflow.post_processor import conformal_threshold
 from anomalib_wtflow.products import UNKNOWN
+from anomalib_wtflow.reporting.product_report import report_of, tables
 from anomalib_wtflow.training.calibration import Calibration
 from anomalib_wtflow.training.feature_caching import FEWEST, MOST, REFERENCE_IMAGES, references
-from anomalib_wtflow.training.product_report import report_of, tables
 from conftest import callback_of, quiet_engine
 
 SMALL = {"image_size": 96, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.0, "coupling": "worst_of_two"}}

@@ -62,7 +62,7 @@ WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
     "max_epochs": (lambda k: k >= 1, "a whole number of at least 1"),
     "seed": (lambda k: k >= 0, "a whole number from 0 to below 2^64"),
 }
-OTHER = {"backbone", "layers", "pre_trained", "weights", "image_size", "start_from"}
+OTHER = {"backbone", "layers", "pre_trained", "weights", "image_size", "start_from", "verdicts"}
 SIZE = "choose a side, or a height and a width, in pixels."
 
 

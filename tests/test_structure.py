@@ -17,10 +17,12 @@ TRAINED = {
     "products",
     "loss",
     "post_processor",
+    "reporting",
     "training",
     "deploy",
     "_registration",
     "cli.errors",
+    "cli.quiet",
     "lightning_model",
     "",
 }
@@ -33,25 +35,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": METHOD,
     "torch_model": {*METHOD, "settings", "products"},
     "post_processor": {"flow", "settings"},
-    "training": {"flow", "features", "settings", "products", "torch_model", "post_processor"},
+    "reporting": {"flow", "products"},
+    "training": {"flow", "features", "settings", "products", "torch_model", "post_processor", "reporting"},
     "deploy": {"flow"},
     "lightning_model": TRAINED - {"lightning_model"},
     "theory": {"flow", "anomaly_map"},
     "data": {"_registration", "cli.errors"},
     "diagnosis": {*TRAINED, "data", "theory"},
-    "cli": {"", "settings", "diagnosis"},
+    "cli": {"", "settings", "diagnosis", "cli.quiet"},
     "cli.errors": set(),
+    "cli.quiet": set(),
     "_registration": set(),
-    "_hook": {"lightning_model", "data"},
+    "_hook": {"lightning_model", "data", "cli.quiet"},
     "": set(),
 }
 """By room: the other rooms of the package that its modules may import; the package itself is ``""``."""
 
 
 def room_of(module: str) -> str:
-    """The room that a module is in; its errors, which the model raises too, are a room of the command line's own."""
+    """The room that a module is in; what the model needs of the command line's is in rooms of its own."""
     inside = module.removeprefix("anomalib_wtflow").removeprefix(".")
-    return inside if inside == "cli.errors" else inside.split(".")[0]
+    return inside if inside in ("cli.errors", "cli.quiet") else inside.split(".")[0]
 
 
 def imports(file: Path) -> set[str]:

@@ -42,6 +42,7 @@ class PluginFinder:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any, execute: Any = execute) -> None:
+                prepare()
                 execute(module)
                 load_plugin()
 
@@ -53,6 +54,16 @@ class PluginFinder:
 def is_ours(finder: Any) -> bool:
     """Whether a finder is a :class:`PluginFinder`, also one from before this module was reloaded."""
     return type(finder).__module__ == __name__
+
+
+def prepare() -> None:
+    """Leave out what ``anomalib.models`` warns of while it loads, under the command line only."""
+    try:
+        from anomalib_wtflow.cli.quiet import quiet_warnings
+
+        quiet_warnings()
+    except Exception:  # load_plugin says what is wrong
+        return
 
 
 def load_plugin() -> None:

@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_wtflow import __version__
 from anomalib_wtflow._registration import register_model
 from anomalib_wtflow.cli.errors import one_sentence
+from anomalib_wtflow.cli.quiet import quiet_logs
 from anomalib_wtflow.deploy.exports import Exports
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, get_data_config
 from anomalib_wtflow.features.cache import FeatureBatch
@@ -88,6 +89,7 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Exports, AnomalibModule):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ARGUMENTS and value is not None}
         given["false_alarm_rate"] = false_alarm_rate
+        quiet_logs()
         with one_sentence():
             self.settings = get_settings(recipe, **{**get_overrides(overrides), **given})
             if pre_processor is True:
@@ -213,8 +215,9 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Exports, AnomalibModule):
             if isinstance(batch, FeatureBatch)
             else self.model(batch.image)
         )
-        # anomalib's batches have no field for it.
+        # anomalib's batches have no fields for these.
         batch.recognition = Recognition(predictions.product, predictions.strangeness)  # type: ignore[union-attr]
+        batch.raw_score = predictions.pred_score  # type: ignore[union-attr]
         self._finite(predictions)
         return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
 

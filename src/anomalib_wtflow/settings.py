@@ -198,6 +198,14 @@ class Settings:
         scores=False,
     )
 
+    # Reports
+    verdicts: bool = setting(
+        True,
+        SWITCH,
+        "Whether test and predict write scores.csv and scores.json, a row for each image, and print what is in them.",
+        scores=False,
+    )
+
     # Training
     max_epochs: int = setting(80, whole(1), "Most epochs, unless the trainer is told otherwise.", scores=False)
     plateau: float = setting(

@@ -1,11 +1,12 @@
 """The console command ``anomalib-wtflow``."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from anomalib_wtflow.cli.quiet import quiet_warnings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,10 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: With 2 if the arguments are wrong, with 1 if the work fails; one sentence says why.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Other packages' deprecations at import are not the user's business.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-
+    quiet_warnings()
     from jsonargparse import ArgumentParser
 
     commands = {"diagnose": _diagnosis_parser(arguments), "settings": _settings_parser()}

@@ -8,6 +8,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
 from anomalib_wtflow.flow.solver import not_exportable
 
+OPSET = 18
 CALIBRATION_IMAGES = 128
 """Training images that set the ranges of a quantised export."""
 
@@ -37,7 +38,8 @@ class Exports:
             ValueError: If the solver is adaptive, and so does not export.
         """
         self._check_exportable()
-        return super().to_onnx(*args, **kwargs)  # type: ignore[misc]
+        # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
+        return super().to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})  # type: ignore[misc]
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
         """Export as anomalib does; whatever precision the runtime chooses, the backbone's stem stays in f32.

@@ -5,6 +5,9 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.reporting.measurable import MeasurableMetrics
+from anomalib_wtflow.reporting.product_report import ProductReport
+from anomalib_wtflow.reporting.verdicts import Verdicts
 from anomalib_wtflow.training.averaging import WeightAveraging
 from anomalib_wtflow.training.batch_check import BatchCheck
 from anomalib_wtflow.training.calibration import Calibration
@@ -12,7 +15,6 @@ from anomalib_wtflow.training.contrast import Contrast
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.image_check import ImageCheck
 from anomalib_wtflow.training.plateau import Plateau
-from anomalib_wtflow.training.product_report import ProductReport
 from anomalib_wtflow.training.seeding import SeededOrder
 
 
@@ -29,4 +31,5 @@ def of(model: Any) -> list[Callback]:
     if isinstance(post_processor, WTFlowPostProcessor):
         result.append(Calibration(post_processor, settings.calibration_ratio, caching))
     result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau)]
-    return [*result, ProductReport(), BatchCheck(), ImageCheck()]
+    result += [MeasurableMetrics(), ProductReport(), *([Verdicts()] if settings.verdicts else [])]
+    return [*result, BatchCheck(), ImageCheck()]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_wtflow.products import UNKNOWN
+from anomalib_wtflow.reporting.product_pictures import ProductVisualizer
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.training import checkpoint_rules
-from anomalib_wtflow.training.product_pictures import ProductVisualizer
 
 
 class ProductSet:

@@ -1,0 +1,192 @@
+"""The verdict on each image, as a table in files: written while images come, summed up for the terminal."""
+
+import csv
+import heapq
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from anomalib_wtflow.flow.rows import own
+from anomalib_wtflow.products import UNKNOWN
+from anomalib_wtflow.reporting.summary import HIGHEST, Summary, show
+
+NAME = "scores"
+GOOD, ANOMALOUS = "good", "anomalous"
+COLUMNS = (
+    "image_path",
+    "product",
+    "raw_score",
+    "pred_score",
+    "threshold",
+    "pred_label",
+    "gt_label",
+    "largest_pixel",
+    "outlined",
+)
+"""``product`` only for models of several; ``threshold`` is the raw score's; ``largest_pixel`` is of the normalised map;
+``outlined`` is the share of the image above the pixel threshold."""
+NUMBERS = {"raw_score", "pred_score", "threshold", "largest_pixel", "outlined"}
+
+
+class Verdicts(Callback):
+    """Write ``scores.csv`` and ``scores.json`` into the run's folder, beside the pictures, and print what is in them.
+
+    Rows are written as the images come, and none is kept: a stream of images takes no memory, and what was judged
+    before a run was stopped is in the file. The JSON file is made from it at the end.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the files anew."""
+        self._start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the files anew."""
+        self._start(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the rows of a batch."""
+        del trainer, args, kwargs
+        self._write(pl_module, outputs)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the rows of a batch."""
+        del trainer, args, kwargs
+        self._write(pl_module, outputs)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Finish the files, and print what is in them."""
+        self._finish(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Finish the files, and print what is in them."""
+        self._finish(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Close the file, whatever happened."""
+        del trainer, pl_module, stage
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def path(trainer: Trainer, rank: int = 0) -> Path:
+        """Where a process writes its rows."""
+        return Path(trainer.default_root_dir) / (f"{NAME}.csv" if rank == 0 else f"{NAME}-{rank}.csv")
+
+    def _start(self, trainer: Trainer, pl_module: Any) -> None:
+        path = self.path(trainer, trainer.global_rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
+        self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
+        self._rows.writeheader()
+
+    def _write(self, pl_module: Any, batch: Any) -> None:
+        if self._file is not None:
+            self._rows.writerows(rows_of(pl_module, batch))
+            self._file.flush()
+
+    def _finish(self, trainer: Trainer, pl_module: Any) -> None:
+        self.teardown(trainer, pl_module, "")
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        path = self.path(trainer)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            for rank in range(1, trainer.world_size):
+                other = self.path(trainer, rank)
+                if other.is_file():  # not where another machine keeps it
+                    file.writelines(other.read_text(encoding="utf-8").splitlines(keepends=True)[1:])
+                    other.unlink()
+        rates = getattr(pl_module.post_processor, "effective_false_alarm_rate", torch.empty(0)).tolist()
+        show(to_json(path, dict(zip(pl_module.product_names, rates, strict=False))), path)
+
+
+def rows_of(model: Any, batch: Any) -> list[dict[str, Any]]:
+    """Return a row for each image of a batch that the model and its post-processor have judged."""
+    count = len(batch.pred_score)
+    post, known = model.post_processor, batch.recognition
+    threshold = getattr(post, "image_threshold", torch.tensor(torch.nan))
+    rows = own(threshold, known.product) if threshold.ndim else threshold.expand(count)
+    columns: dict[str, list[Any]] = {
+        "image_path": [str(path) for path in batch.image_path or [""] * count],
+        "product": model.recognised(known),
+        "raw_score": _numbers(batch.raw_score),
+        "pred_score": _numbers(batch.pred_score),
+        "threshold": _numbers(rows),
+        "pred_label": _labels(batch.pred_label, count),
+        "gt_label": _labels(batch.gt_label, count),
+        "largest_pixel": _of_maps(batch.anomaly_map, Tensor.amax, count),
+        "outlined": _of_maps(batch.pred_mask, Tensor.mean, count),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _numbers(values: Tensor) -> list[float | str]:
+    """Numbers as float32 has them, in as few digits as tell them apart; nothing for NaN."""
+    return ["" if value != value else float(f"{value:.9g}") for value in values.float().flatten().tolist()]
+
+
+def _labels(values: Tensor | None, count: int) -> list[str]:
+    return [""] * count if values is None else [ANOMALOUS if value else GOOD for value in values.flatten().tolist()]
+
+
+def _of_maps(maps: Tensor | None, reduce: Any, count: int) -> list[Any]:
+    return [""] * count if maps is None else _numbers(reduce(maps.float().flatten(1), dim=1))
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file of verdicts one by one: numbers as numbers, what is not known as None."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield {name: None if text == "" else float(text) if name in NUMBERS else text for name, text in row.items()}
+
+
+def to_json(path: Path, promises: dict[str, float]) -> Summary:
+    """Write the rows of a CSV file as JSON beside it, one by one, and sum them up.
+
+    Args:
+        path: The CSV file.
+        promises: By product, what share of good images may be called anomalous at most.
+    """
+    summary, scores = Summary(promises=promises), []
+    highest: list[tuple[float, int, dict[str, Any]]] = []
+    with path.with_suffix(".json").open("w", encoding="utf-8") as file:
+        file.write('{"images": [')
+        for place, row in enumerate(read(path)):
+            file.write(("," if place else "") + "\n" + json.dumps(row, ensure_ascii=False))
+            count(summary, row)
+            score = math.inf if row["pred_score"] is None else row["pred_score"]
+            scores.append(score)
+            keep = heapq.heappush if len(highest) < HIGHEST else heapq.heappushpop
+            keep(highest, (score, -place, row))
+        if scores:
+            summary.scores = [min(scores), statistics.median(scores), max(scores)]
+        summary.highest = [row for *_, row in sorted(highest, key=lambda each: each[:2], reverse=True)]
+        file.write(f'\n], "summary": {json.dumps(summary.plain(), ensure_ascii=False)}}}\n')
+    return summary
+
+
+def count(summary: Summary, row: dict[str, Any]) -> None:
+    """Count one verdict; an image without a label is not a good one."""
+    good, truth = row["pred_label"] == GOOD, row["gt_label"]
+    summary.images += 1
+    summary.good += good
+    summary.anomalous += not good
+    summary.unknown += row.get("product") == UNKNOWN
+    summary.truly_good += truth == GOOD
+    summary.truly_anomalous += truth == ANOMALOUS
+    summary.false_alarms += truth == GOOD and not good
+    summary.misses += truth == ANOMALOUS and good
