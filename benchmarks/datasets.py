@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomalib_wtflow import SyntheticParts
-from anomalib_wtflow.diagnosis.data import mvtec_layout
+from anomalib_wtflow.operation.data import mvtec_layout
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FOLDERS = {name: SHARED / name for name in ("mvtec_bottle", "magnetic_tile", "screw", "elpv_mono")}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
     from anomalib_wtflow.lightning_model import WTFlow
     from anomalib_wtflow.loss import WTFlowLoss
+    from anomalib_wtflow.operation.calibrate import calibrate
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
     from anomalib_wtflow.torch_model import WTFlowModel
     from anomalib_wtflow.training.baselines import FastflowBaseline
@@ -24,6 +25,7 @@ __all__ = [
     "WTFlowLoss",
     "WTFlowModel",
     "WTFlowPostProcessor",
+    "calibrate",
     "diagnose",
     "diagnose_toy",
 ]
@@ -36,6 +38,7 @@ _HOMES = {
     "WTFlowLoss": "loss",
     "WTFlowModel": "torch_model",
     "WTFlowPostProcessor": "post_processor",
+    "calibrate": "operation.calibrate",
     "diagnose": "diagnosis.diagnose",
     "diagnose_toy": "diagnosis.diagnose",
 }

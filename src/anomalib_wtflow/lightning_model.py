@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn, optim
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_wtflow import __version__
 from anomalib_wtflow._registration import register_model
 from anomalib_wtflow.cli.errors import one_sentence
 from anomalib_wtflow.cli.quiet import quiet_logs
@@ -33,7 +30,8 @@ from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.products import Recognition
 from anomalib_wtflow.settings import ARGUMENTS, Settings, documented, get_overrides, get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
-from anomalib_wtflow.training import callbacks, checkpoint_rules
+from anomalib_wtflow.training import callbacks
+from anomalib_wtflow.training.checkpoints import Checkpoints
 from anomalib_wtflow.training.epoch_default import EpochDefault
 from anomalib_wtflow.training.product_set import ProductSet
 from anomalib_wtflow.training.scoring import Scoring
@@ -42,7 +40,7 @@ from anomalib_wtflow.training.seeding import NOISE, generator_for
 
 @register_model
 @documented
-class WTFlow(EpochDefault, ProductSet, Scoring, Exports, AnomalibModule):
+class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
     Where an argument that is None by default is left out, the recipe's value holds. Anything given to the trainer
@@ -64,9 +62,6 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Exports, AnomalibModule):
 
     model: WTFlowModel
     loss: WTFlowLoss
-    trained_steps: int = 0
-    """Training steps and epochs of the checkpoint that was loaded, if one was."""
-    trained_epochs: int = 0
 
     def __init__(
         self,
@@ -144,42 +139,6 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Exports, AnomalibModule):
     def learning_type(self) -> LearningType:
         """One-class: trained on normal images only."""
         return LearningType.ONE_CLASS
-
-    # Checkpoints -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed."""
-        files = {"pre_trained": False, "weights": None, "start_from": None}
-        return super().load_from_checkpoint(*args, **{**files, **kwargs})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in the checkpoint which settings and which version it is of."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[checkpoint_rules.KEY] = checkpoint_rules.describe(
-            self._settings_in_force, __version__, self.product_names
-        )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model; take over which post-processor it was trained with.
-
-        Raises:
-            ValueError: If an earlier version or another model wrote it, or it was trained with other settings.
-        """
-        resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, resuming)
-        trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
-        if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
-            self.post_processor = PostProcessor()
-        self.product_names = checkpoint[checkpoint_rules.KEY]["products"]
-        self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
-        super().on_load_checkpoint(checkpoint)
-
-    @property
-    def _settings_in_force(self) -> Settings:
-        """The settings, with the false-alarm rate of a post-processor that the user built."""
-        rate = getattr(self.post_processor, "false_alarm_rate", self.settings.false_alarm_rate)
-        return replace(self.settings, false_alarm_rate=rate)
 
     # Steps -----------------------------------------------------------------------------------------------------------
 

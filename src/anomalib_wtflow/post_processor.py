@@ -88,6 +88,9 @@ class WTFlowPostProcessor(PostProcessor):
 
     per_product = ("_image_threshold", "_pixel_threshold", "effective_false_alarm_rate")
     effective_false_alarm_rate: Tensor
+    calibration_scores: Tensor
+    """The scores that the thresholds come from, and the places of their products."""
+    calibration_product: Tensor
 
     def __init__(self, false_alarm_rate: float | None = Settings.false_alarm_rate, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -95,6 +98,7 @@ class WTFlowPostProcessor(PostProcessor):
         self.false_alarm_rate = false_alarm_rate
         for name in self.per_product:
             self.register_buffer(name, torch.full((1,), torch.nan))
+        self._remember(torch.empty(0), torch.empty(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
 
     @property
@@ -103,7 +107,9 @@ class WTFlowPostProcessor(PostProcessor):
 
     # Thresholds ------------------------------------------------------------------------------------------------------
 
-    def calibrate(self, scores: Tensor, peaks: Tensor, product: Tensor | None = None, count: int = 1) -> None:
+    def calibrate(
+        self, scores: Tensor, peaks: Tensor, product: Tensor | None = None, count: int = 1, keep: bool = False
+    ) -> None:
         """Set both thresholds of each product.
 
         Args:
@@ -112,6 +118,7 @@ class WTFlowPostProcessor(PostProcessor):
             peaks: Largest values of their maps, ``(n,)``.
             product: Places of the products that they were recognised as, ``(n,)``; None for one product.
             count: Number of products.
+            keep: Whether a product that has none keeps its thresholds.
 
         Raises:
             ValueError: If a product has none, one is NaN, or too many are infinite.
@@ -119,12 +126,27 @@ class WTFlowPostProcessor(PostProcessor):
         assert self.false_alarm_rate is not None
         allocate(self, count)
         product = torch.zeros(len(scores), dtype=torch.int64) if product is None else product
-        for place in range(count):
+        places = product.unique().tolist() if keep else range(count)
+        for place in places:
             chosen = [values[product == place] for values in (scores, peaks)]
             image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in chosen)
             self._image_threshold[place] = image.threshold
             self._pixel_threshold[place] = pixel.threshold
             self.effective_false_alarm_rate[place] = image.false_alarm_rate
+        old = ~torch.isin(self.calibration_product.cpu(), torch.tensor(list(places)))
+        scores, product = scores.to(self.calibration_scores), product.to(self.calibration_product)
+        self._remember(
+            torch.cat([self.calibration_scores[old], scores]), torch.cat([self.calibration_product[old], product])
+        )
+
+    @property
+    def calibration_counts(self) -> list[int]:
+        """Number of images that the thresholds of each product come from."""
+        return torch.bincount(self.calibration_product, minlength=len(self.effective_false_alarm_rate)).tolist()
+
+    def _remember(self, scores: Tensor, product: Tensor) -> None:
+        self.register_buffer("calibration_scores", scores)
+        self.register_buffer("calibration_product", product)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Gather what anomalib's threshold needs, if that was asked for."""
@@ -223,7 +245,10 @@ class WTFlowPostProcessor(PostProcessor):
 
 
 def _make_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a post-processor take the thresholds of one with another number of products."""
+    """Let a post-processor take the thresholds of one with another number of products, and of images they come from."""
     rows = state.get(f"{prefix}effective_false_alarm_rate")
     if rows is not None and rows.ndim:
         allocate(post_processor, len(rows))
+    names = ("calibration_scores", "calibration_product")
+    kept = [state.setdefault(f"{prefix}{name}", getattr(post_processor, name)[:0]) for name in names]
+    post_processor._remember(*(torch.empty_like(values) for values in kept))

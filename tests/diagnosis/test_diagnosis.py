@@ -15,12 +15,12 @@ from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, diagnose, diagnose_toy
 from anomalib_wtflow.cli.main import main
-from anomalib_wtflow.diagnosis.checkpoint import load_model
-from anomalib_wtflow.diagnosis.data import data_sets
 from anomalib_wtflow.diagnosis.flow_numbers import predicted_component
 from anomalib_wtflow.diagnosis.progress import Progress
 from anomalib_wtflow.diagnosis.scoring import ScoredImage, items, worst_first
 from anomalib_wtflow.flow.path import ProbabilityPath
+from anomalib_wtflow.operation.checkpoint import load_model
+from anomalib_wtflow.operation.data import data_sets
 from conftest import quiet_engine
 
 FIGURES = ("radius", "centripetal", "field", "histograms", "gallery")

@@ -1,7 +1,7 @@
 """The console command ``anomalib-wtflow``."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from anomalib_wtflow.cli.quiet import quiet_warnings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``anomalib-wtflow diagnose …`` or ``anomalib-wtflow settings``.
+    """Run ``anomalib-wtflow calibrate …``, ``diagnose …`` or ``settings``.
 
     Args:
         arguments: Arguments of the command line; None for the process's own.
@@ -22,9 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_warnings()
     from jsonargparse import ArgumentParser
 
-    commands = {"diagnose": _diagnosis_parser(arguments), "settings": _settings_parser()}
+    commands = {
+        "calibrate": _calibration_parser(),
+        "diagnose": _diagnosis_parser(arguments),
+        "settings": _settings_parser(),
+    }
     parser = ArgumentParser(prog="anomalib-wtflow", description="Tools around the anomalib model WTFlow.")
     choices = parser.add_subcommands()
+    choices.add_subcommand("calibrate", commands["calibrate"], help="Set the threshold with new good images.")
     choices.add_subcommand("diagnose", commands["diagnose"], help="Why does a trained model separate?")
     choices.add_subcommand("settings", commands["settings"], help="Which settings are there?")
     given = parser.parse_args(arguments)
@@ -33,13 +38,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print_settings(given.settings.markdown)
         return
+    if given.subcommand == "calibrate":
+        _run(lambda: _calibrate(given.calibrate))
+        return
     if not given.diagnose.toy and (given.diagnose.ckpt_path is None or given.diagnose.data is None):
         commands["diagnose"].error("give --ckpt_path and --data, or --toy for the method on drawn data.")
+    _run(lambda: f"Wrote {_diagnose(parser.instantiate_classes(given).diagnose)}")
+
+
+def _run(command: Callable[[], str]) -> None:
     try:
-        page = _diagnose(parser.instantiate_classes(given).diagnose)
+        text = command()
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(f"Wrote {page}\n")
+    sys.stdout.write(f"{text}\n")
+
+
+def _calibration_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    from anomalib_wtflow import calibrate
+
+    parser = ArgumentParser(description="Set a trained model's thresholds with new good images, without training.")
+    parser.add_function_arguments(calibrate)
+    return parser
+
+
+def _calibrate(given: Any) -> str:
+    from anomalib_wtflow import calibrate
+
+    done = calibrate(**given.as_dict())
+    return f"{done}\nWrote {done.path}"
 
 
 def _settings_parser() -> Any:

@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from anomalib_wtflow.diagnosis import explanations, figures, toy_figures
-from anomalib_wtflow.diagnosis.checkpoint import load_model, to_device
 from anomalib_wtflow.diagnosis.control import fit_control
-from anomalib_wtflow.diagnosis.data import data_sets
 from anomalib_wtflow.diagnosis.flow_numbers import flow_and_field_numbers
 from anomalib_wtflow.diagnosis.progress import Progress
 from anomalib_wtflow.diagnosis.report import Section, make_folder, write_report
 from anomalib_wtflow.diagnosis.score_numbers import DivergenceChoice, all_numbers, by_product, log_density_numbers
 from anomalib_wtflow.diagnosis.scoring import ScoredImage, score_images, worst_first
 from anomalib_wtflow.lightning_model import WTFlow
+from anomalib_wtflow.operation.checkpoint import load_model, to_device
+from anomalib_wtflow.operation.data import data_sets
 from anomalib_wtflow.theory.centripetal import centripetal_components
 from anomalib_wtflow.theory.points import DATA, TOY_COUPLINGS
 from anomalib_wtflow.theory.singularity import lipschitz_growth

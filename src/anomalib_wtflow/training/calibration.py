@@ -1,7 +1,8 @@
 """Which normal images the threshold comes from, and when it is set."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data.utils import LabelName
@@ -68,10 +69,11 @@ class Calibration(GivesBack):
             if samples is not None and not (samples["label_index"] == LabelName.ABNORMAL).any():
                 raise ValueError(NO_DEFECTS)
             return
-        self._take_normals(validation, [getattr(datamodule, name, None) for name in ("train_data", "test_data")])
-        if self.data is None or not self._of_all_products(datamodule.train_data):
-            self.data = self._in_validation = None
-            self._hold_out(datamodule)
+        chosen = choose(datamodule, self.ratio)
+        self.data, self._in_validation = chosen.data, chosen.in_validation
+        if chosen.kept is not None:
+            self._full_train_data = datamodule.train_data
+            datamodule.train_data = datamodule.train_data.subsample(chosen.kept)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without a data module, take the normal images of the validation loader that the user gave.
@@ -84,36 +86,11 @@ class Calibration(GivesBack):
             return
         loaders = trainer.val_dataloaders
         loader = loaders[0] if isinstance(loaders, list) and loaders else loaders
-        self._take_normals(getattr(loader, "dataset", None), [getattr(trainer.train_dataloader, "dataset", None)])
-        if self.data is None:
+        data: Any = getattr(loader, "dataset", None)
+        self._in_validation = normals(data, [getattr(trainer.train_dataloader, "dataset", None)])
+        if not self._in_validation:
             raise ValueError(NO_NORMALS)
-
-    def _take_normals(self, data: Any, others: list[Any]) -> None:
-        """Take the normal images of an anomalib data set, if there are any and none of them is in another set."""
-        samples = getattr(data, "samples", None)
-        if samples is None:
-            return
-        normal = (samples["label_index"] == LabelName.NORMAL).to_numpy().nonzero()[0].tolist()
-        paths = {samples["image_path"][index] for index in normal}
-        shared = any(paths & set(other.samples["image_path"]) for other in others if hasattr(other, "samples"))
-        if normal and not shared:
-            self.data, self._in_validation = data.subsample(normal), normal
-
-    def _of_all_products(self, train_data: Any) -> bool:
-        """Whether there are normal images of each product that is trained on."""
-        return set(products_of_images(train_data) or ()) <= set(products_of_images(self.data) or ())
-
-    def _hold_out(self, datamodule: Any) -> None:
-        """Take a seeded slice out of the data module's training set."""
-        train_data = getattr(datamodule, "train_data", None)
-        if train_data is None or not hasattr(train_data, "subsample"):
-            raise ValueError(NO_NORMALS)
-        held, kept = held_out(train_data, self.ratio)
-        self.data = train_data.subsample(held)
-        test_data = getattr(datamodule, "test_data", None)
-        self.data.augmentations = getattr(test_data, "augmentations", train_data.augmentations)
-        self._full_train_data = train_data
-        datamodule.train_data = train_data.subsample(kept)
+        self.data = data.subsample(self._in_validation)
 
     def give_back(self, trainer: Trainer) -> None:
         """Give the slice back."""
@@ -198,6 +175,49 @@ class Calibration(GivesBack):
                 f"false_alarm_rate={asked} needs at least {math.ceil(round(1 / asked, 9)) - 1} normal images for the "
                 f"threshold and {counts}; give more good images to have the rate that you asked for."
             )
+
+
+class Chosen(NamedTuple):
+    """The normal images for the threshold, as an anomalib data set, and where they are.
+
+    ``in_validation`` are their places in the validation set, if they are of it; else ``kept`` are the places of the
+    training images that are left to train on.
+    """
+
+    data: Any
+    in_validation: list[int] | None
+    kept: list[int] | None
+
+
+def choose(datamodule: Any, ratio: float) -> Chosen:
+    """Choose the normal images for the threshold of a data module that is set up for ``fit``.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    train, validation, test = (getattr(datamodule, f"{name}_data", None) for name in ("train", "val", "test"))
+    places, data = normals(validation, [train, test]), validation
+    if places and data is not None:
+        data = data.subsample(places)
+        if set(products_of_images(train) or ()) <= set(products_of_images(data) or ()):
+            return Chosen(data, places, None)
+    if train is None or not hasattr(train, "subsample"):
+        raise ValueError(NO_NORMALS)
+    held, kept = held_out(train, ratio)
+    data = train.subsample(held)
+    data.augmentations = getattr(test, "augmentations", train.augmentations)
+    return Chosen(data, None, kept)
+
+
+def normals(data: Any, others: Sequence[Any]) -> list[int]:
+    """Find the normal images of an anomalib data set; none if one of them is in another set, too."""
+    samples = getattr(data, "samples", None)
+    if samples is None:
+        return []
+    places = (samples["label_index"] == LabelName.NORMAL).to_numpy().nonzero()[0].tolist()
+    paths = {samples["image_path"][index] for index in places}
+    shared = any(paths & set(other.samples["image_path"]) for other in others if hasattr(other, "samples"))
+    return [] if shared else places
 
 
 def held_out(data: Any, ratio: float) -> tuple[list[int], list[int]]:

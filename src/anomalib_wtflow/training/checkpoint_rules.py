@@ -72,8 +72,8 @@ def raise_for_other(checkpoint: dict[str, Any], settings: Settings, resuming: bo
         msg = f"The checkpoint was trained with {text}: give the model the same, as {option(differing[0])}."
         raise ValueError(msg)
     asked, trained = ours["false_alarm_rate"], theirs.get("false_alarm_rate")
-    if not resuming and asked != trained:
+    if not resuming and asked not in (trained, Settings.false_alarm_rate):
         rank_zero_warn(
             f"The checkpoint's threshold is for false_alarm_rate={trained}; {asked}, given here, changes nothing: "
-            "train again for another rate."
+            "set another with `anomalib-wtflow calibrate`."
         )

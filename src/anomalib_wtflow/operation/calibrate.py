@@ -1,0 +1,247 @@
+"""Move the threshold of a trained model to what the process is like today, without training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from anomalib_wtflow.lightning_model import WTFlow
+from anomalib_wtflow.operation.checkpoint import load_model, to_device
+from anomalib_wtflow.operation.data import images_of
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.settings import check
+from anomalib_wtflow.training import checkpoint_rules
+from anomalib_wtflow.training.image_check import raise_for_unreadable
+
+ALPHA = 0.01
+"""Probability of the sentence that the process has moved where it has not, over all products of a model."""
+
+
+class Scores(NamedTuple):
+    """Of n images, ``(n,)`` each: raw scores (infinite if like no product), the maps' largest pixels, and products."""
+
+    scores: Tensor
+    peaks: Tensor
+    product: Tensor
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A product's threshold before and after, on the scale of raw scores, and what the new images say.
+
+    ``p_value`` is that of a two-sided Mann-Whitney U test of the new scores against those that the old threshold came
+    from; None where the checkpoint does not hold these. ``promised`` is the false-alarm rate that ``images`` support.
+    """
+
+    product: str
+    before: float
+    after: float
+    pixel_before: float
+    pixel_after: float
+    images: int
+    promised: float
+    p_value: float | None
+    higher: bool
+    moved: bool
+
+    def sentences(self, asked: float, of: str = "") -> list[str]:
+        """Say it."""
+        few = f", not the {asked:.2%} asked for: give more good images" if self.promised > asked * (1 + 1e-6) else ""
+        lines = [
+            f"Threshold{of} {self.before:.4g} -> {self.after:.4g} (pixels {self.pixel_before:.4g} -> "
+            f"{self.pixel_after:.4g}): {self.images} good images support a false-alarm rate of at most "
+            f"{self.promised:.2%}{few}."
+        ]
+        if self.p_value is None:
+            lines.append("The checkpoint does not hold the scores it was calibrated on: no comparison.")
+        elif self.moved:
+            how = "higher" if self.higher else "lower"
+            lines.append(
+                f"These images score {how} than those it was calibrated on (Mann-Whitney, p = {self.p_value:.2g}): the "
+                "process has moved."
+            )
+        else:
+            lines.append(f"They score like those it was calibrated on (Mann-Whitney, p = {self.p_value:.2g}).")
+        return lines
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What :func:`calibrate` did."""
+
+    path: Path
+    false_alarm_rate: float
+    products: list[Moved]
+    unseen: list[str]
+    """Products that no new image shows; they keep their thresholds."""
+
+    def __str__(self) -> str:
+        """Say it in a few lines."""
+        several = len(self.products) + len(self.unseen) > 1
+        lines = []
+        for each in self.products:
+            lines += each.sentences(self.false_alarm_rate, f" of '{each.product}'" if several else "")
+        if self.unseen:
+            lines.append(f"No good image shows {', '.join(map(repr, self.unseen))}, which keep their thresholds.")
+        return "\n".join(lines)
+
+
+def calibrate(
+    ckpt_path: str | Path,
+    data: str | Path,
+    output: str | Path | None = None,
+    false_alarm_rate: float | None = None,
+    device: str = "auto",
+) -> Calibrated:
+    """Set a trained model's thresholds from new good images, and write a new checkpoint; weights stay as they are.
+
+    The thresholds are those of :func:`anomalib_wtflow.post_processor.conformal_threshold`: at most the stated share of
+    good images like these is called anomalous, each product by itself.
+
+    Args:
+        ckpt_path: Checkpoint of a trained WTFlow model.
+        data: Folder of good images, searched with its sub-folders, or one in MVTec's layout, of which ``train/good`` is
+            not used, since the model was trained on it, and ``test/good`` is.
+        output: Checkpoint to write; None for ``…-calibrated.ckpt`` beside the old one.
+        false_alarm_rate: Share of good images that may be called anomalous, in (0, 1); None for the model's.
+        device: ``auto``, ``cpu``, ``cuda``, …
+
+    Returns:
+        Old and new thresholds of each product, the rates that they support, and how unlike the old scores the new are.
+
+    Raises:
+        FileNotFoundError: If the checkpoint or the data is not there.
+        ValueError: If the checkpoint is none of a trained WTFlow model, there are no images or too few finite scores,
+            or the output is the input.
+    """
+    path = Path(ckpt_path)
+    target = path.with_name(f"{path.stem}-calibrated.ckpt") if output is None else Path(output)
+    model, _, _ = load_model(path)
+    if target.resolve() == path.resolve():
+        msg = (
+            f"output is '{output}', the checkpoint itself: give another path, to have the old thresholds to go back to."
+        )
+        raise ValueError(msg)
+    images = good_images(Path(data))
+    to_device(model, device)
+    post = with_rate(model, false_alarm_rate)
+    before = post.image_threshold.clone(), post.pixel_threshold.clone()
+    old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_product.cpu())
+    new = score(model, images)
+    post.calibrate(*new, count=len(model.product_names), keep=True)
+    products = [
+        moved(post, model.product_names[place], place, before, old, new) for place in new.product.unique().tolist()
+    ]
+    unseen = [name for place, name in enumerate(model.product_names) if place not in new.product]
+    save(path, target, model)
+    assert post.false_alarm_rate is not None
+    return Calibrated(target, post.false_alarm_rate, products, unseen)
+
+
+def good_images(path: Path) -> Any:
+    """Find the images of a folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it has defective images, or no images.
+    """
+    if not path.exists():
+        msg = f"There is no data at '{path}': give a folder of good images."
+        raise FileNotFoundError(msg)
+    if (path / "test" / "good").is_dir():
+        path = path / "test" / "good"
+    elif (path / "test").is_dir() or (path / "train").is_dir():
+        msg = (
+            f"'{path}' has folders 'train' or 'test' and no 'test/good': give the folder of the good images themselves."
+        )
+        raise ValueError(msg)
+    return images_of(path)
+
+
+def with_rate(model: WTFlow, rate: float | None) -> WTFlowPostProcessor:
+    """Return the post-processor of a model, with another rate if one is given.
+
+    Raises:
+        ValueError: If it has no conformal threshold, or the rate is outside (0, 1).
+    """
+    post = model.post_processor
+    if not isinstance(post, WTFlowPostProcessor) or (post.false_alarm_rate is None and rate is None):
+        msg = (
+            "The model has anomalib's F1 threshold (false_alarm_rate null), which good images alone cannot set: give "
+            "--false_alarm_rate, such as 0.05."
+        )
+        if not isinstance(post, WTFlowPostProcessor):
+            msg = msg.replace(": give --false_alarm_rate, such as 0.05", ": train it with a false_alarm_rate")
+        raise ValueError(msg)
+    if rate is not None:
+        check("false_alarm_rate", rate)
+        post.false_alarm_rate = rate
+    return post
+
+
+@torch.no_grad()
+def score(model: WTFlow, data: Any, batch_size: int = 8) -> Scores:
+    """Score images as the thresholds need it.
+
+    Raises:
+        ValueError: If an image cannot be read, or a score is NaN.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    transform: Any = getattr(model.pre_processor, "transform", None) or torch.nn.Identity()
+    try:
+        for start in range(0, len(data), batch_size):
+            images = [transform(data[index].image) for index in range(start, min(start + batch_size, len(data)))]
+            outputs: Any = model.model(torch.stack(images).to(model.device))
+            scores = outputs.pred_score.float().masked_fill(outputs.strangeness > 1, torch.inf)
+            parts.append((scores, outputs.anomaly_map.float().flatten(1).amax(dim=1), outputs.product))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise_for_unreadable([data], decode=True, cause=error)
+        raise
+    return Scores(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+
+
+def moved(
+    post: WTFlowPostProcessor, name: str, place: int, before: tuple[Tensor, Tensor], old: Scores, new: Scores
+) -> Moved:
+    """Compare a product's new scores with those that its old threshold came from."""
+    mine, theirs = new.scores[new.product == place], old.scores[old.product == place]
+    p_value, higher = None, False
+    if len(theirs):
+        test = mannwhitneyu(mine.numpy(), theirs.numpy(), alternative="two-sided")
+        p_value, higher = float(test.pvalue), float(test.statistic) > len(mine) * len(theirs) / 2
+    return Moved(
+        product=name,
+        before=float(before[0][place]),
+        after=float(post.image_threshold[place]),
+        pixel_before=float(before[1][place]),
+        pixel_after=float(post.pixel_threshold[place]),
+        images=len(mine),
+        promised=float(post.effective_false_alarm_rate[place]),
+        p_value=p_value,
+        higher=higher,
+        moved=p_value is not None and p_value < ALPHA / len(new.product.unique()),
+    )
+
+
+def save(source: Path, target: Path, model: WTFlow) -> None:
+    """Write a checkpoint with other thresholds and rate.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    checkpoint = checkpoint_rules.read(source)
+    assert model.post_processor is not None
+    state = model.post_processor.state_dict(prefix="post_processor.")
+    checkpoint["state_dict"] |= {name: value.cpu() for name, value in state.items()}
+    model.on_save_checkpoint(checkpoint)
+    if "hyper_parameters" in checkpoint:
+        checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, target)
+    except (OSError, RuntimeError) as error:
+        msg = f"The checkpoint '{target}' cannot be written ({error}): give --output a path in a folder that can."
+        raise ValueError(msg) from error

@@ -1,0 +1,67 @@
+"""What a model writes into its checkpoint, and what it takes from one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from anomalib_wtflow import __version__
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.settings import Settings
+from anomalib_wtflow.training import checkpoint_rules
+
+
+class Checkpoints:
+    """Mixin: a checkpoint says what it is of, holds each threshold once, and refuses other models."""
+
+    settings: Settings
+    post_processor: nn.Module | None
+    product_names: Sequence[str]
+    trained_steps: int = 0
+    """Training steps and epochs of the checkpoint that was loaded, if one was."""
+    trained_epochs: int = 0
+    _trainer: Any
+    trainer: Any
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed."""
+        files = {"pre_trained": False, "weights": None, "start_from": None}
+        return super().load_from_checkpoint(*args, **{**files, **kwargs})  # type: ignore[misc]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint which settings and which version it is of."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        self._forget_copy(checkpoint)
+        checkpoint[checkpoint_rules.KEY] = checkpoint_rules.describe(
+            self._settings_in_force, __version__, self.product_names
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model; take over which post-processor it was trained with.
+
+        Raises:
+            ValueError: If an earlier version or another model wrote it, or it was trained with other settings.
+        """
+        resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, resuming)
+        trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
+        if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
+            self.post_processor = PostProcessor()
+        self.product_names = checkpoint[checkpoint_rules.KEY]["products"]
+        self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
+        self._forget_copy(checkpoint)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def _forget_copy(self, checkpoint: dict[str, Any]) -> None:
+        """Drop the thresholds' copy: a post-processor is a callback too, whose state Lightning writes and restores."""
+        checkpoint.get("callbacks", {}).pop(getattr(self.post_processor, "state_key", None), None)
+
+    @property
+    def _settings_in_force(self) -> Settings:
+        """The settings, with the false-alarm rate of a post-processor that the user built."""
+        rate = getattr(self.post_processor, "false_alarm_rate", self.settings.false_alarm_rate)
+        return replace(self.settings, false_alarm_rate=rate)
