@@ -119,11 +119,11 @@ def to_openvino(precision: str, model: Any, folder: Path) -> Path:
     extractor = (model if isinstance(model, Backbone) else model.model).feature_extractor
     if precision == "INT8":
         noise = [np.random.default_rng(k).random((1, 3, *SIZE), np.float32) for k in range(8)]
-        network = quantize(network, noise, count_convolutions(extractor.network))
+        network = quantize(network, noise, count_convolutions(extractor))
     path = folder / "openvino" / "model.xml"
     openvino.save_model(network, path, compress_to_fp16=precision == "FP16")
     if isinstance(extractor, FeatureExtractor):
-        keep_precise(path, count_convolutions(extractor.network))
+        keep_precise(path, count_convolutions(extractor))
     return path
 
 

@@ -142,7 +142,7 @@ def measure_profile(rounds: int) -> Line:
     with TemporaryDirectory() as folder:
         model = BUILDERS["WTFlow"]()
         graph = openvino.convert_model(to_onnx(model, Path(folder)))
-    tail = set(tail_names(graph, count_convolutions(model.model.feature_extractor.network)))
+    tail = set(tail_names(graph, count_convolutions(model.model.feature_extractor)))
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
     request = openvino.compile_model(graph, "CPU", options).create_infer_request()
     image, times = draw_images(1), {}

@@ -22,7 +22,7 @@ from anomalib_wtflow._registration import register_model
 from anomalib_wtflow.cli.errors import one_sentence
 from anomalib_wtflow.cli.quiet import quiet_logs
 from anomalib_wtflow.deploy.exports import Exports
-from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, get_data_config
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, get_data_config, get_image_size
 from anomalib_wtflow.features.cache import FeatureBatch
 from anomalib_wtflow.flow.schedule import SCHEDULERS
 from anomalib_wtflow.loss import WTFlowLoss
@@ -116,9 +116,7 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
             ValueError: If the backbone is unknown.
         """
         config = get_data_config(backbone)
-        size = config.image_size if image_size is None else image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        resize = Resize((height, width), antialias=False)
+        resize = Resize(get_image_size(backbone, image_size), antialias=False)
         return PreProcessor(transform=Compose([resize, Normalize(mean=config.mean, std=config.std)]))
 
     def configure_post_processor(self) -> PostProcessor:

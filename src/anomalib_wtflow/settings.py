@@ -107,12 +107,16 @@ class Settings:
 
     # Features
     backbone: str = setting(
-        DEFAULT_BACKBONE, TEXT, "Name of a timm CNN; the default brings its weights along and needs no network."
+        DEFAULT_BACKBONE,
+        TEXT,
+        "Name of a timm model, a CNN or a transformer (docs/backbones.md); the default brings its weights along and "
+        "needs no network.",
     )
     layers: tuple[str, ...] | None = setting(
         None,
         Rule(_is_names, "a list of layer names, finest first"),
-        "Feature layers, finest first; null for those at strides 4, 8 and 16, or the last if there are none.",
+        "Feature layers, finest first, as timm names them; null for those at strides 4, 8 and 16, or the last if there "
+        "are none, and for three blocks spread over the middle of a plain transformer.",
     )
     pre_trained: bool = setting(True, SWITCH, "Whether the backbone gets trained weights.", scores=False)
     weights: str | None = setting(
@@ -124,7 +128,8 @@ class Settings:
     image_size: int | tuple[int, int] | None = setting(
         None,
         Rule(_is_size, "a side, or a height and a width, in pixels"),
-        "Side, or height and width, that images are resized to; null for the backbone's own.",
+        "Side, or height and width, that images are resized to; null for the backbone's own. A transformer takes "
+        "multiples of its patch.",
     )
     pool_size: int = setting(
         3, whole(1, 2, "an odd number"), "Side of the window that the features are averaged over; 1 for none."

@@ -69,7 +69,7 @@ class WTFlowModel(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the first weights depend on the seed alone, and disturb nobody else's
             torch.default_generator.manual_seed(s.seed)
             self.feature_extractor = FeatureExtractor(
-                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.detail
+                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.detail, s.image_size
             )
             self.channels, self.detail = self.feature_extractor.channels, self.feature_extractor.detail
             self.anomaly_map_generator = AnomalyMapGenerator(

@@ -156,6 +156,41 @@ def test_other_choices_export(network: str, layers: list[str], detail: int, tmp_
     compare(got, in_torch(SimpleNamespace(model=model), batch))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "layers", "image_size"),
+    [
+        ("resnet18", ["layer1"], 64),
+        ("convnext_atto", ["stages.0", "stages.1"], 64),
+        ("swin_tiny_patch4_window7_224", ["layers.1"], (64, 96)),
+        ("vit_tiny_patch16_224", ["blocks.0", "blocks.1"], (32, 48)),
+        ("vit_small_patch14_reg4_dinov2", ["blocks.1"], 70),
+        ("vit_small_patch16_dinov3", ["blocks.1"], 64),
+        ("cait_xxs24_224", ["blocks.1"], 64),
+    ],
+)
+def test_each_kind_of_backbone_exports(backbone: str, layers: list[str], image_size: object, tmp_path: Path) -> None:
+    """With random weights, fitted on noise, in ONNX Runtime and OpenVINO; the blocks behind the layers are cut off."""
+    import openvino
+
+    from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise
+
+    model = WTFlow(backbone, layers, pre_trained=False, image_size=image_size, overrides={"width": 16}).eval()
+    size = model.pre_processor.transform.transforms[0].size
+    model.model.update(model.model.extract(torch.randn(4, 3, *size)), torch.zeros(4, dtype=torch.int64))
+    model.model.finalize()
+    model.post_processor._image_threshold.fill_(0.1)
+    batch = np.random.default_rng(0).random((2, 3, 75, 60), dtype=np.float32)
+    expected = in_torch(SimpleNamespace(model=model), batch)
+    onnx = model.to_onnx(tmp_path, verbose=False)
+    compare(run_onnx(onnx, batch), expected)
+    # What `to_openvino` does, without a second export to ONNX.
+    path = tmp_path / "model.xml"
+    openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+    keep_precise(path, count_convolutions(model.model.feature_extractor))
+    result = openvino.compile_model(path, "CPU", F32)(batch)
+    compare({name: result[name] for name in FIELDS}, expected)
+
+
 def test_an_untrained_model_does_not_export(tmp_path: Path) -> None:
     from anomalib_wtflow import WTFlow
 

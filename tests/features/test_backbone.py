@@ -127,9 +127,9 @@ def test_frozen_and_in_eval_mode() -> None:
 
 
 def test_data_config_is_the_backbones_own() -> None:
-    assert get_data_config("tf_efficientnet_lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (256, 256))
+    assert get_data_config("tf_efficientnet_lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (256, 256), False)
     config = get_data_config("resnet18.tv_in1k")
-    assert config == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (256, 256))
+    assert config == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (256, 256), False)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -204,6 +204,8 @@ def test_hub_out_of_reach() -> None:
 def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match="Unknown backbone 'resnt18': did you mean resnet18"):
         FeatureExtractor("resnt18")
+    with pytest.raises(ValueError, match=r"'resnet18' has no weights 'nobodys' in timm: choose from a1_in1k, .*_in1k"):
+        FeatureExtractor("resnet18.nobodys", pre_trained=False)
     with pytest.raises(ValueError, match=r"Unknown layer 'layer9' of backbone 'resnet10t': choose from act1, layer1"):
         FeatureExtractor(SMALL, ["layer9"], pre_trained=False)
     with pytest.raises(ValueError, match="name each layer once, the finest first"):

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.features.cache import FeatureBatch, FeatureDataset, FeatureStore, Share, is_deterministic
-from anomalib_wtflow.training.feature_caching import FeatureCaching
+from anomalib_wtflow.training.feature_caching import FeatureCaching, text_of
 from conftest import as_mvtec, callback_of, quiet_engine
 
 
@@ -354,3 +354,51 @@ def test_features_are_let_go_of(parts: SyntheticParts, tmp_path: Path) -> None:
     quiet_engine(tmp_path).fit(model, datamodule=as_mvtec(parts))
     assert isinstance(model.trainer.train_dataloader.dataset, FeatureDataset)
     assert model.trainer.train_dataloader.dataset.store is None
+
+
+@pytest.mark.parametrize(("gibibytes", "place"), [(4.0, "of memory"), (1e-5, "in temporary files in ")])
+def test_the_caches_size_is_said_before_it_is_filled(
+    parts: SyntheticParts,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    gibibytes: float,
+    place: str,
+) -> None:
+    caplog.set_level("INFO")
+    said, append = [], FeatureStore.append
+
+    def spy(store: FeatureStore, features: torch.Tensor) -> None:
+        said.append([message for message in caplog.messages if message.startswith("The feature cache takes")])
+        append(store, features)
+
+    monkeypatch.setattr(FeatureStore, "append", spy)
+    model = WTFlow(**{**SMALL, "max_epochs": 1, "overrides": {"feature_cache": gibibytes}})
+    quiet_engine(tmp_path).fit(model, datamodule=as_mvtec(parts))
+    # 13 training images (3 are held out), and 20 + 4 for validation; 176 x 4 x 4 numbers of 4 bytes.
+    (message,) = said[0]
+    assert said[-1] == [message]
+    assert message.startswith(f"The feature cache takes 416.8 kB {place}")
+    assert message.endswith(": 37 training and validation images, 176 x 4 x 4 numbers (11.3 kB) each.")
+
+
+def test_bytes_in_words() -> None:
+    assert [text_of(size) for size in (12, 999_999, 1e6, 180_224 * 209, 2.5e9)] == [
+        "0.0 kB",
+        "1000.0 kB",
+        "1.0 MB",
+        "37.7 MB",
+        "2.5 GB",
+    ]
+
+
+def test_a_file_that_the_disk_has_no_room_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Writing to it would end the process; a file that another process has made is there already."""
+    monkeypatch.setattr("anomalib_wtflow.features.cache.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    FeatureStore(2, 0).open((2, 5, 5, 5))
+    with pytest.raises(ValueError, match=r"needs 0.0 GB in .*, which has 0.0 GB free: set TMPDIR .*or set feature_cac"):
+        FeatureStore(2, 0).open((2, 5, 5, 6))
+    share = Share(tmp_path, 0, 2)
+    FeatureStore(2, 0, share).open((2, 5, 5, 5))
+    monkeypatch.setattr("anomalib_wtflow.features.cache.disk_usage", lambda folder: SimpleNamespace(free=0))
+    FeatureStore(2, 0, share).open((2, 5, 5, 5))

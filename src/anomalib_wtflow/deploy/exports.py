@@ -48,7 +48,7 @@ class Exports:
             ValueError: If the solver is adaptive, and so does not export.
         """
         path = super().to_openvino(*args, **kwargs)  # type: ignore[misc]
-        keep_precise(path, count_convolutions(self.model.feature_extractor.network))
+        keep_precise(path, count_convolutions(self.model.feature_extractor))
         return path
 
     def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
@@ -65,7 +65,7 @@ class Exports:
             images.extend(batch.image.numpy()[:, None])
             if len(images) >= CALIBRATION_IMAGES:
                 break
-        convolutions = count_convolutions(self.model.feature_extractor.network)
+        convolutions = count_convolutions(self.model.feature_extractor)
         return quantize(model, images[:CALIBRATION_IMAGES], convolutions)
 
     def _check_exportable(self) -> None:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution")
@@ -14,9 +15,26 @@ STEM_CONVOLUTIONS = 3
 """Convolutions of the stem, which in 8 bits make most of the error of the features where the contrast is low."""
 
 
-def count_convolutions(network: nn.Module) -> int:
-    """Count the convolutions of a network, which its exported graph keeps."""
-    return sum(isinstance(module, nn.Conv2d) for module in network.modules())
+@torch.no_grad()
+def count_convolutions(extractor: Any) -> int:
+    """Count the convolutions of a feature extractor that its exported graph keeps.
+
+    They are those that run, and read something else for another image: what is the same for all becomes a constant.
+    """
+    device = next(extractor.parameters()).device
+    sums: list[list[float]] = []
+
+    def reads(module: nn.Module, inputs: Any) -> None:
+        del module
+        sums[-1].append(float(inputs[0].double().sum()))
+
+    hooks = [m.register_forward_pre_hook(reads) for m in extractor.network.modules() if isinstance(m, nn.Conv2d)]
+    for seed in (0, 1):
+        sums.append([])
+        extractor.network(extractor.draw_image(seed).to(device))
+    for hook in hooks:
+        hook.remove()
+    return sum(first != second for first, second in zip(*sums, strict=True))
 
 
 def needed_by_convolutions(model: Any, count: int) -> list[str]:
@@ -86,9 +104,16 @@ def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
         The quantised model.
 
     Raises:
-        ValueError: If the graph has fewer convolutions.
+        ValueError: If the graph has fewer convolutions, or the backbone none behind its stem, as a transformer.
     """
     import nncf
+
+    if backbone_convolutions <= STEM_CONVOLUTIONS:
+        msg = (
+            f"INT8_PTQ quantises the convolutions behind a backbone's first {STEM_CONVOLUTIONS}, and this one has "
+            f"{backbone_convolutions} in all, as transformers do: export it in FP16 or FP32."
+        )
+        raise ValueError(msg)
 
     tail = tail_names(model, backbone_convolutions)
     in_float = {*stem_names(model, backbone_convolutions), *residual_names(model), *tail}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -102,7 +103,11 @@ class FeatureStore:
         self.filled += len(features)
 
     def open(self, shape: Sequence[int]) -> None:
-        """Make room for rows of ``shape``, which starts with their number; shared ones are in the file of all."""
+        """Make room for rows of ``shape``, which starts with their number; shared ones are in the file of all.
+
+        Raises:
+            ValueError: If the disk has less room than a new file needs.
+        """
         shape = torch.Size(shape)
         folder = self.share.folder
         if folder is None and shape.numel() * self.dtype.itemsize <= self.budget:
@@ -111,8 +116,15 @@ class FeatureStore:
         if folder is None:
             self.folder = TemporaryDirectory(prefix="wtflow-features-", ignore_cleanup_errors=True)
             folder = Path(self.folder.name)
-        file = str(folder / self.name)
-        self.rows = torch.from_file(file, shared=True, size=shape.numel(), dtype=self.dtype).view(shape)
+        file, size = folder / self.name, shape.numel() * self.dtype.itemsize
+        free = disk_usage(folder).free
+        if size > free and not file.exists():  # a mapped file that the disk has no room for ends the process
+            msg = (
+                f"The feature cache needs {size / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB free: "
+                "set TMPDIR to a folder with more room, lower image_size, or set feature_cache to 0 for no cache."
+            )
+            raise ValueError(msg)
+        self.rows = torch.from_file(str(file), shared=True, size=shape.numel(), dtype=self.dtype).view(shape)
 
 
 @dataclass

@@ -13,7 +13,7 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
     """Fold ``bn(conv(x))`` into ``conv(x)`` wherever a batch normalisation reads what a convolution has just given.
 
     What follows the normalisation inside timm's modules, its activation, stays. Which goes with which is seen by
-    running the network, so that it works for any architecture.
+    running the network, so that it works for any architecture; a transformer has none.
 
     Args:
         network: A network in evaluation mode, which returns a list of tensors; left as it is.
@@ -22,6 +22,8 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
     Returns:
         The folded copy; the network itself where nothing can be folded, or where the copy gives something else.
     """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return network
     folded = copy.deepcopy(network)
     for norm, conv in _pairs(folded, images):
         fused: Any = fuse_conv_bn_eval(conv, norm)

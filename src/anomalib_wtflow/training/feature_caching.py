@@ -13,6 +13,7 @@ import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
@@ -174,6 +175,8 @@ class FeatureCaching(GivesBack):
             if to_fit:
                 network.update(features, product[here])
             if store is not None:
+                if not store.filled:
+                    self._say_size(trainer, features)
                 store.append(features)
         if to_fit:
             model.model.finalize(over_processes(trainer, model))
@@ -184,6 +187,18 @@ class FeatureCaching(GivesBack):
             recognised = self._recognise(model, store)
             self._agree(trainer, recognised)
             dataset.store, dataset.recognised, dataset.image_size = store, recognised, self.image_size
+
+    def _say_size(self, trainer: Trainer, features: Tensor) -> None:
+        """Say how large the cache will be, as soon as the first images have shown the size of their features."""
+        counts = [len(data) for data in self._datasets if not data.truth or trainer.limit_val_batches]
+        size = features[0].numel() * torch.float32.itemsize
+        in_memory = self._share.folder is None and max(counts) * size <= self.budget * 2**30
+        place = "of memory" if in_memory else f"in temporary files in {tempfile.gettempdir()}"
+        shape = " x ".join(map(str, features.shape[1:]))
+        rank_zero_info(
+            f"The feature cache takes {text_of(sum(counts) * size)} {place}: {sum(counts)} training and validation "
+            f"images, {shape} numbers ({text_of(size)}) each."
+        )
 
     @staticmethod
     def _places(model: Any, images: Any) -> Tensor:
@@ -267,6 +282,14 @@ class FeatureCaching(GivesBack):
             with trainer.precision_plugin.val_step_context():
                 features = model.model.extract(batch.image)
             yield features.float(), batch
+
+
+def text_of(size: float) -> str:
+    """Write a number of bytes in the largest unit that it has one of."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def name_of(datamodule: Any) -> str:

@@ -1,0 +1,239 @@
+"""Transformers and other backbones than plain CNNs, against timm's own models: maps, sizes, layers, weights files."""
+
+import logging
+from itertools import product
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from anomalib_wtflow.deploy.quantization import count_convolutions, quantize
+from anomalib_wtflow.features import backbone as module
+from anomalib_wtflow.features.backbone import FeatureExtractor, default_layers, get_data_config, get_image_size
+from anomalib_wtflow.features.folding import fold_batch_norms
+
+VIT = "vit_tiny_patch16_224"
+DINO = "vit_small_patch14_dinov2"
+
+
+def randomised(name: str, size: tuple[int, int] | None = None) -> nn.Module:
+    """A whole timm model in which each parameter matters: a layer scale of 1e-5 would hide what a block does."""
+    model = timm.create_model(name, pretrained=False, **({} if size is None else {"img_size": size})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def extractor_of(model: nn.Module, name: str, folder: Path, **kwargs: object) -> FeatureExtractor:
+    torch.save(model.state_dict(), folder / "weights.pth")
+    return FeatureExtractor(name, weights=folder / "weights.pth", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "patch_size"),
+    [
+        (VIT, 1, 16),
+        ("deit_tiny_distilled_patch16_224", 2, 16),
+        ("vit_small_patch14_reg4_dinov2", 5, 14),
+        ("vit_small_patch16_dinov3", 5, 16),
+        ("cait_xxs24_224", 0, 16),
+    ],
+)
+def test_maps_are_the_patch_tokens_without_the_prefix(name: str, prefix: int, patch_size: int, tmp_path: Path) -> None:
+    """Against what the blocks of timm's whole model give, token by token, and its own maps."""
+    size, chosen = (3 * patch_size, 2 * patch_size), [0, 2]
+    model = randomised(name, size)
+    extractor = extractor_of(model, name, tmp_path, layers=["blocks.0", "blocks.2"], image_size=size)
+    tokens: list[Tensor] = []
+    for index in chosen:
+        model.blocks[index].register_forward_hook(lambda block, inputs, output: tokens.append(output))
+    images = torch.randn(3, 3, *size)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, indices=chosen, intermediates_only=True)
+    maps = extractor(images).split(extractor.channels, dim=1)
+    assert extractor.stride == patch_size
+    for got, timms, all_tokens in zip(maps, expected, tokens, strict=True):
+        torch.testing.assert_close(got, timms, rtol=1e-4, atol=1e-4)
+        assert all_tokens.shape[1] == prefix + 3 * 2
+        for row, column in product(range(3), range(2)):
+            torch.testing.assert_close(
+                got[:, :, row, column], all_tokens[:, prefix + 2 * row + column], rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("swin_tiny_patch4_window7_224", (64, 96)), ("convnext_atto", None), ("mobilevit_xxs", None)]
+)
+def test_hierarchies_are_stacked_by_stride(name: str, size: tuple[int, int] | None, tmp_path: Path) -> None:
+    """Swin's maps have their channels last; the names of ConvNeXt's weights are others in timm's own extractor."""
+    model = randomised(name, size)
+    extractor = extractor_of(model, name, tmp_path, detail=4, image_size=size)
+    images = torch.randn(1, 3, 64, 96)
+    strides = [layer["reduction"] for layer in model.feature_info]
+    with torch.no_grad():
+        expected = model.forward_intermediates(
+            images, indices=[strides.index(stride) for stride in (4, 8, 16)], intermediates_only=True
+        )
+    shown = extractor(images)
+    parts = shown.split([c * r * r for c, r in zip(extractor.channels, (4, 2, 1), strict=True)], dim=1)
+    assert shown.shape[-2:] == (4, 6)
+    for got, timms, r in zip(parts, expected, (4, 2, 1), strict=True):
+        torch.testing.assert_close(nn.functional.pixel_shuffle(got, r), timms, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strides", "chosen"),
+    [
+        ([16] * 12, [2, 5, 8]),
+        ([14] * 24, [5, 11, 17]),
+        ([16] * 4, [0, 1, 2]),
+        ([4, 8, 16, 32], [0, 1, 2]),
+        ([2, 4, 8, 16, 32], [1, 2, 3]),
+        ([4, 4, 8, 8, 16, 32], [1, 3, 4]),
+        ([16, 32, 64], [0]),
+        ([7, 14, 14], [2]),
+        ([32], [0]),
+    ],
+)
+def test_default_layers(strides: list[int], chosen: list[int]) -> None:
+    assert default_layers(strides) == chosen
+
+
+def test_default_layers_by_name() -> None:
+    names = {
+        VIT: ["blocks.2", "blocks.5", "blocks.8"],
+        "cait_xxs24_224": ["blocks.5", "blocks.11", "blocks.17"],
+        "swin_tiny_patch4_window7_224": ["layers.0", "layers.1", "layers.2"],
+        "convnext_atto": ["stages.0", "stages.1", "stages.2"],
+    }
+    for name, expected in names.items():
+        extractor = FeatureExtractor(name, pre_trained=False, image_size=64)
+        assert extractor.network.feature_info.module_name() == expected
+
+
+def test_blocks_behind_the_last_layer_do_not_run() -> None:
+    extractor = FeatureExtractor(VIT, ["blocks.1", "blocks.3"], pre_trained=False, image_size=32)
+    assert len(extractor.network.model.blocks) == 4
+
+
+def test_the_default_size_is_the_one_that_the_backbone_was_trained_at() -> None:
+    sizes = {VIT: 224, DINO: 518, "vit_small_patch16_dinov3": 256, "swin_tiny_patch4_window7_224": 224}
+    for name, side in sizes.items():
+        config = get_data_config(name)
+        assert (config.image_size, config.fixed) == ((side, side), True)
+    assert not get_data_config("convnext_atto").fixed
+    assert get_image_size(DINO, None) == (518, 518)
+    assert get_image_size(DINO, 98) == (98, 98)
+    assert get_image_size(DINO, [98, 70]) == (98, 70)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        (DINO, 100, f"image_size is 100x100, and '{DINO}' takes sides that are multiples of 14: choose 98 or 112."),
+        (DINO, (100, 98), r"is 100x98, .* multiples of 14: choose 98 or \[112, 98\]."),
+        (DINO, (100, 200), r"is 100x200, .* multiples of 14: choose \[98, 196\] or \[112, 210\]."),
+        (VIT, 10, r"is 10x10, .* multiples of 16: choose 16."),
+        ("swin_tiny_patch4_window7_224", 80, r"is 80x80, .* multiples of 32: choose 64 or 96."),
+        (
+            "nest_tiny",
+            (32, 48),
+            r"'nest_tiny' gives no feature maps of images of 32x48 pixels \(Model only handles",
+        ),
+    ],
+)
+def test_sizes_that_a_backbone_cannot_take(name: str, size: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeatureExtractor(name, pre_trained=False, image_size=size)
+
+
+def test_images_of_another_size_than_it_is_built_for() -> None:
+    extractor = FeatureExtractor(VIT, ["blocks.0"], pre_trained=False, image_size=(32, 48))
+    assert extractor(torch.rand(2, 3, 32, 48)).shape == (2, 192, 2, 3)
+    with pytest.raises(ValueError, match=f"Images of 48x32 pixels reach '{VIT}', which is built for 32x48: give their"):
+        extractor(torch.rand(2, 3, 48, 32))
+
+
+def test_unknown_layer_of_a_transformer() -> None:
+    with pytest.raises(ValueError, match=rf"'blocks.12' of backbone '{VIT}': choose from blocks.0, blocks.1, .*ks.11"):
+        FeatureExtractor(VIT, ["blocks.12"], pre_trained=False)
+
+
+def test_a_backbone_without_maps() -> None:
+    with (
+        patch.object(module.timm, "create_model", side_effect=RuntimeError("features_only not implemented")),
+        pytest.raises(
+            ValueError, match=r"'resnet18' gives no feature maps \(features_only not impl.*\): choose anothe"
+        ),
+    ):
+        FeatureExtractor("resnet18", pre_trained=False)
+    with (
+        patch.object(FeatureExtractor, "_run", lambda self, images: [torch.zeros(1, 5, 64)] * 3),
+        pytest.raises(ValueError, match=r"gives no feature maps \(but tensors of \[\(1, 5, 64\), .*\): choose another"),
+    ):
+        FeatureExtractor("resnet18", pre_trained=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "theirs", "ours"),
+    [
+        (VIT, "blocks.1", (48, 48), (32, 64)),
+        (DINO, "blocks.1", (70, 70), (42, 28)),
+        ("swin_tiny_patch4_window7_224", "layers.1", (224, 224), (64, 96)),
+        ("vit_small_patch16_dinov3", "blocks.1", (48, 48), (32, 64)),
+    ],
+)
+def test_weights_file_of_another_grid(name: str, layer: str, theirs: object, ours: object, tmp_path: Path) -> None:
+    """Positions are resampled as timm resamples those of a file."""
+    path = tmp_path / "weights.pth"
+    torch.save(randomised(name, theirs).state_dict(), path)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, img_size=ours).eval()
+    extractor = FeatureExtractor(name, [layer], weights=path, image_size=ours)
+    images = torch.randn(1, 3, *ours)
+    with torch.no_grad():
+        (expected,) = model.forward_intermediates(images, indices=[int(layer[-1])], intermediates_only=True)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_another_transformer(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
+    with pytest.raises(ValueError, match=rf"other.pth' does not fit backbone '{DINO}': it .* '\w+' \(\d+ of \d+ tens"):
+        FeatureExtractor(DINO, weights=path, image_size=70)
+    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), path)
+    with pytest.raises(ValueError, match=r"does not fit backbone .* it lacks 'cls_token'"):
+        FeatureExtractor(VIT, weights=path, image_size=32)
+
+
+def test_hub_weights_come_at_the_images_size() -> None:
+    real, asked = timm.create_model, []
+
+    def fake(name: str, pretrained: bool = False, **kwargs: object) -> nn.Module:
+        if pretrained:
+            asked.append((name, kwargs["img_size"], kwargs["out_indices"]))
+        return real(name, pretrained=False, **kwargs)
+
+    with patch.object(module.timm, "create_model", fake):
+        FeatureExtractor(DINO, image_size=(28, 42))
+    assert asked == [(DINO, (28, 42), [2, 5, 8])]
+
+
+def test_convolutions_of_an_exported_graph() -> None:
+    """The default has all, a transformer its patch embedding; one on constants (XCiT's positions) is none."""
+    for name, expected, unused in ((module.DEFAULT_BACKBONE, None, 0), (VIT, 1, 0), ("xcit_nano_12_p16_224", None, 1)):
+        extractor = FeatureExtractor(name, pre_trained=False, image_size=32)
+        there = sum(isinstance(part, nn.Conv2d) for part in extractor.network.modules())
+        assert count_convolutions(extractor) == there - unused
+        assert expected in (None, there)
+
+
+def test_int8_and_folding_leave_transformers_alone() -> None:
+    with pytest.raises(ValueError, match=r"INT8_PTQ quantises .* and this one has 1 in all, .* export it in FP16 or"):
+        quantize(None, None, 1)
+    network = timm.create_model(VIT, pretrained=False, features_only=True, img_size=32).eval()
+    assert fold_batch_norms(network, torch.rand(1, 3, 32, 32)) is network
