@@ -101,6 +101,29 @@ anomalib.models.get_model("padim", pre_trained=False)
     assert "anomalib-wtflow is installed but could not be loaded (ModuleNotFoundError" in run(code)
 
 
+def test_plugins_with_this_hook_live_side_by_side(tmp_path: Path) -> None:
+    """Another plugin's copy of the hook and ours ask each other for anomalib's spec, and both are loaded, once."""
+    other = tmp_path / "other_plugin"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    (other / "model.py").write_text("print('other')")
+    hook = (PTH.parent / "anomalib_wtflow" / "_hook.py").read_text()
+    lines = [line for line in hook.splitlines() if not line.strip().startswith("import anomalib_wtflow.data")]
+    hook = "\n".join(lines).replace("anomalib_wtflow.lightning_model", "other_plugin.model")
+    (other / "_hook.py").write_text(hook.replace('TARGET = "anomalib.models"', 'TARGET = "target"'))
+    (tmp_path / "target.py").write_text("print('target')")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import other_plugin._hook, anomalib_wtflow._hook
+anomalib_wtflow._hook.TARGET, anomalib_wtflow._hook.load_plugin = "target", lambda: print("ours")
+import target
+"""
+    printed = run(code).split()
+    assert printed[0] == "target"
+    assert sorted(printed[1:]) == ["other", "ours"]
+
+
 def test_uninstalling_removes_the_file() -> None:
     """pip removes what the wheel's RECORD lists."""
     assert "anomalib_wtflow.pth" in {str(path) for path in files("anomalib-wtflow") or []}

@@ -20,8 +20,10 @@ TARGET = "anomalib.models"
 class PluginFinder:
     """Meta-path finder that adds one step to the loading of ``anomalib.models``: import the plugin afterwards."""
 
-    @staticmethod
-    def find_spec(fullname: str, path: Any = None, target: Any = None) -> Any:
+    asking = False
+    """Whether it is asking the other finders; one that is another plugin's copy of it asks back."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         """Find ``anomalib.models`` with the other finders, and have its loader call :func:`load_plugin` at the end.
 
         Args:
@@ -32,23 +34,26 @@ class PluginFinder:
         Returns:
             The other finders' spec with its loader extended, or None for any other module.
         """
-        if fullname != TARGET:
+        if fullname != TARGET or self.asking:
             return None
-        for finder in sys.meta_path:
-            find = None if is_ours(finder) else getattr(finder, "find_spec", None)
-            spec = find(fullname, path, target) if find else None
-            if spec is None or spec.loader is None:
-                continue
-            execute = spec.loader.exec_module
+        self.asking = True
+        try:
+            finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+            specs: Any = (finder.find_spec(fullname, path, target) for finder in finders)
+            spec: Any = next((spec for spec in specs if spec is not None and spec.loader is not None), None)
+        finally:
+            self.asking = False
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
 
-            def exec_module(module: Any, execute: Any = execute) -> None:
-                prepare()
-                execute(module)
-                load_plugin()
+        def exec_module(module: Any) -> None:
+            prepare()
+            execute(module)
+            load_plugin()
 
-            spec.loader.exec_module = exec_module
-            return spec
-        return None
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def is_ours(finder: Any) -> bool:
