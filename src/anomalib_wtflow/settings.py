@@ -149,7 +149,8 @@ class Settings:
     width: int | None = setting(
         None,
         optional(whole(2, 2, "an even number")),
-        "Its width; null for its own: 256 (96 at a finer layer's positions), or 48 for unet.",
+        "Its width; null for its own: 32 times the root of the layer's channels, from 64 to 384 (96 at a finer layer's "
+        "positions), or 48 for unet.",
     )
     depth: int | None = setting(None, optional(whole(1)), "Its depth; null for the network's own: 1, or 2 for unet.")
     path: str = setting("variance_preserving", one_of(PATHS), "Probability path; the first two are the paper's.")

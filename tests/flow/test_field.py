@@ -13,6 +13,7 @@ from anomalib_wtflow.flow.field import (
     TimeEmbedding,
     UNetField,
     get_field,
+    pointwise_width,
     stacked,
 )
 
@@ -168,9 +169,18 @@ def test_no_detail_is_one() -> None:
 
 
 def test_widths_of_their_own() -> None:
-    """256, and 96 for pointwise networks at finer positions; 48 for every U-Net; what is given goes for all."""
+    """32 round(sqrt(C)) from 64 to 384, and 96 at finer positions; 48 for every U-Net; what is given goes for all."""
+    assert [pointwise_width(channels) for channels in (1, 4, 24, 40, 112, 144, 1024)] == [
+        64,
+        64,
+        160,
+        192,
+        352,
+        384,
+        384,
+    ]
     for name, width, expected in (
-        ("pointwise", None, [96, 256]),
+        ("pointwise", None, [96, 64]),
         ("unet", None, [48, 48]),
         ("pointwise", 16, [16] * 2),
     ):

@@ -1,5 +1,6 @@
 """Vector fields: the networks ``v_theta(x, t)`` that are trained along the paths."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -232,6 +233,18 @@ Field = PointwiseField | UNetField | LayerwiseField
 FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
 FINE_WIDTH = 96
 """Width of a pointwise network that works at finer positions, of which there are more."""
+WIDTHS = (64, 384)
+
+
+def pointwise_width(channels: int, detail: int = 1) -> int:
+    """``32 round(sqrt(C))``, from 64 to 384: layers of more channels have more to learn (ours).
+
+    Args:
+        channels: Channels C that the network sees at a position.
+        detail: Finer positions a side; 96 where there are any.
+    """
+    least, most = WIDTHS
+    return FINE_WIDTH if detail > 1 else min(most, max(least, 32 * round(math.sqrt(channels))))
 
 
 def get_field(
@@ -247,7 +260,7 @@ def get_field(
     Args:
         name: ``pointwise`` or ``unet``.
         channels: Channels of each layer at a position.
-        width: Width of each network, even; None for its own default: 96 for pointwise ones at finer positions.
+        width: Width of each network, even; None for its own: :func:`pointwise_width`, or 48 for ``unet``.
         depth: Depth of each network; None for its own default.
         detail: Finer positions a side of each layer, see :class:`LayerwiseField`; None for 1.
         condition: Channels of a condition that each network is told; 0 for none.
@@ -259,7 +272,7 @@ def get_field(
     depths = {} if depth is None else {"depth": depth}
     networks = []
     for size, r in zip(channels, detail or [1] * len(channels), strict=True):
-        chosen = FINE_WIDTH if width is None and r > 1 and name == "pointwise" else width
+        chosen = pointwise_width(size, r) if width is None and name == "pointwise" else width
         widths = {} if chosen is None else {"width": chosen}
         networks.append(build(size, **depths, **widths, condition=condition))
     return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels, detail)
