@@ -15,7 +15,7 @@ from anomalib_wtflow.data.drawing import draw_part
 from anomalib_wtflow.post_processor import conformal_threshold
 from anomalib_wtflow.products import UNKNOWN
 from anomalib_wtflow.reporting.product_report import report_of, tables
-from anomalib_wtflow.training.calibration import Calibration
+from anomalib_wtflow.training.calibration import Calibration, choose
 from anomalib_wtflow.training.feature_caching import FEWEST, MOST, REFERENCE_IMAGES, references
 from conftest import callback_of, quiet_engine
 
@@ -219,6 +219,17 @@ def test_int8_tells_products_and_strangers_apart(two: SimpleNamespace, tmp_path:
     for index in range(0, 12, 3):
         result = ready(stranger.test_data[index].image[None].numpy())
         assert bool(result["pred_label"][0])
+    said = graph.get_rt_info()["anomalib_wtflow"]
+    assert json.loads(said["products"].astype(str)) == list(two.model.product_names)
+    thresholds, counts = (json.loads(said[k].astype(str)) for k in ("threshold", "calibration_images"))
+    chosen = choose(two.data, two.model.settings.calibration_ratio).data
+    places = [[*two.model.product_names].index(item.product) for item in chosen]
+    assert counts == torch.bincount(torch.tensor(places)).tolist()
+    normalised = torch.tensor([ready(item.image[None].numpy())["pred_score"].item() for item in chosen]).double()
+    for place, threshold in enumerate(thresholds):
+        n = normalised[torch.tensor(places) == place]
+        expected = conformal_threshold(threshold * n / (1 - n), two.model.post_processor.false_alarm_rate).threshold
+        assert threshold == pytest.approx(float(expected), rel=1e-5)
     own = [ready(item.image[None].numpy())["pred_score"].item() for item in two.data.test_data]
     exact = [each.score for each in verdicts(two.model, two.data)]
     assert np.corrcoef(own, exact)[0, 1] > 0.9

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "post_processor": {"flow", "settings"},
     "reporting": {"flow", "products"},
     "training": {"", "flow", "features", "settings", "products", "torch_model", "post_processor", "reporting"},
-    "deploy": {"flow"},
+    "deploy": {"", "flow", "settings", "post_processor", "training"},
     "lightning_model": TRAINED - {"lightning_model"},
     "theory": {"flow", "anomaly_map"},
     "data": {"_registration", "cli.errors"},

@@ -1,5 +1,6 @@
 """Exports against the model in torch: ONNX Runtime, OpenVINO in FP32 and FP16, the pickled module."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
+import anomalib_wtflow
 from anomalib_wtflow import WTFlow
 
 pytestmark = pytest.mark.slow
@@ -281,3 +283,77 @@ def test_the_stem_stays_precise(exported: SimpleNamespace, kind: str) -> None:
 def test_int8_needs_images(trained: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="INT8_PTQ sets its ranges with training images: give the export a data mod"):
         trained.model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+
+
+# Thresholds and what an export says of itself ------------------------------------------------------------------------
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Read as a user would, without the package."""
+    if path.suffix == ".onnx":
+        import onnx
+
+        properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+        return {key.removeprefix("anomalib_wtflow."): value for key, value in properties.items()}
+    import openvino
+
+    return {k: v.astype(str) for k, v in openvino.Core().read_model(path).get_rt_info()["anomalib_wtflow"].items()}
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("onnx", "FP32"), ("openvino", "FP32"), ("fp16", "FP16")])
+def test_an_export_says_what_it_is(
+    trained: SimpleNamespace, exported: SimpleNamespace, kind: str, precision: str
+) -> None:
+    said, post = metadata(getattr(exported, kind)), trained.model.post_processor
+    assert said == {
+        "model": "WTFlow",
+        "version": anomalib_wtflow.__version__,
+        "precision": precision,
+        "backbone": "tf_efficientnet_lite0",
+        "layers": "null",
+        "false_alarm_rate": "0.1",
+        "promised_false_alarm_rate": json.dumps([float(f"{float(post.effective_false_alarm_rate):.9g}")]),
+        "threshold": json.dumps([float(f"{float(post.image_threshold):.9g}")]),
+        "pixel_threshold": json.dumps([float(f"{float(post.pixel_threshold):.9g}")]),
+        "calibration_images": "[10]",
+    }
+
+
+def test_int8_has_thresholds_of_its_own(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """Through the quantised graph, as the formula says: at most ``exceed - 1`` calibration images are above them."""
+    import openvino
+
+    from anomalib_wtflow.post_processor import conformal_threshold
+    from anomalib_wtflow.training.calibration import choose
+
+    before = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    path = trained.model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=trained.parts)
+    for name, value in trained.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    said = metadata(path)
+    assert said["precision"] == "INT8_PTQ"
+    threshold, pixel = (json.loads(said[name])[0] for name in ("threshold", "pixel_threshold"))
+    ready = openvino.compile_model(path, "CPU", F32)
+    results = [ready(item.image[None].numpy()) for item in choose(trained.parts, 0.2).data]
+    assert json.loads(said["calibration_images"]) == [len(results)] == [10]
+    for field, t in (("pred_score", threshold), ("anomaly_map", pixel)):
+        n = torch.tensor([float(result[field].max()) for result in results], dtype=torch.float64)
+        expected = conformal_threshold(t * n / (1 - n), 0.1).threshold
+        assert t == pytest.approx(float(expected), rel=1e-5)
+        assert int((n > 0.5 + 1e-6).sum()) == 0  # the greatest of 10 scores is the threshold
+        assert float(n.max()) == pytest.approx(0.5, abs=1e-5)
+    assert threshold != float(trained.model.post_processor.image_threshold)
+
+
+def test_int8_of_weights_without_data_keeps_the_thresholds_and_says_so(
+    trained: SimpleNamespace, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=r"INT8 moves the scores, and the thresholds were set before it"):
+        path = trained.model.to_openvino(tmp_path, compression_type=CompressionType.INT8)
+    said = metadata(path)
+    assert json.loads(said["threshold"])[0] == pytest.approx(float(trained.model.post_processor.image_threshold))
+    batch = as_batch([Path(trained.parts.root) / "test/good/001.png"])
+    import openvino
+
+    got = openvino.compile_model(path, "CPU", F32)(batch)["pred_score"]
+    np.testing.assert_allclose(got, in_torch(trained, batch)["pred_score"], atol=0.05)

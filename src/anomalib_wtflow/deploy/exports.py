@@ -1,26 +1,45 @@
 """Exports: what anomalib's leave to a model."""
 
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+from lightning.pytorch.utilities import rank_zero_warn
 
+from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
 from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
+from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
 from anomalib_wtflow.flow.solver import not_exportable
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.settings import Settings
+from anomalib_wtflow.training.calibration import Chosen, choose
 
 OPSET = 18
-CALIBRATION_IMAGES = 128
+RANGE_IMAGES = 128
 """Training images that set the ranges of a quantised export."""
+CALIBRATED = (CompressionType.INT8, CompressionType.INT8_PTQ)
+"""Compressions whose thresholds are set again; INT8_ACQ looks at labels while it quantises, under those of f32."""
 
 
 class Exports:
     """Mixin before anomalib's ``ExportMixin``, whose methods are the only way into its exports.
 
-    It refuses adaptive solvers, keeps the backbone's stem in f32 whatever precision a runtime chooses, and quantises
-    the backbone behind its stem only, with training images.
+    It refuses adaptive solvers, keeps the backbone's stem in f32 whatever precision a runtime chooses, quantises the
+    backbone behind its stem only, with training images, and sets the thresholds of a quantised graph through it. What
+    an export is and promises, it says in its metadata (:mod:`anomalib_wtflow.deploy.metadata`).
     """
 
     model: Any
+    settings: Settings
+    post_processor: Any
+    product_names: Sequence[str]
+    _thresholds_of: tuple[Any, ...] = ()
+    """Post-processor with the thresholds of the graph that is being written; in a tuple, not a part of the model."""
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export as anomalib does.
@@ -39,34 +58,81 @@ class Exports:
         """
         self._check_exportable()
         # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
-        return super().to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})  # type: ignore[misc]
+        path = super().to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})  # type: ignore[misc]
+        write_onnx(path, describe(self, self.post_processor, "FP32"))
+        return path
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
         """Export as anomalib does; whatever precision the runtime chooses, the backbone's stem stays in f32.
 
+        INT8 and INT8_PTQ move the scores, so their thresholds are set again through the quantised graph, with the
+        calibration images of the data module.
+
         Raises:
-            ValueError: If the solver is adaptive, and so does not export.
+            ValueError: If the solver is adaptive, and so does not export, or INT8_PTQ is given no data module.
         """
-        path = super().to_openvino(*args, **kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        compression = signature(parent.to_openvino).bind(*args, **kwargs).arguments.get("compression_type")
+        conformal = getattr(self.post_processor, "false_alarm_rate", None) is not None
+        self._thresholds_of = (copy.deepcopy(self.post_processor),)
+        try:
+            with placed(self.post_processor) if conformal and compression in CALIBRATED else nullcontext():
+                path = parent.to_openvino(*args, **kwargs)
+            precision = "FP32" if compression is None else CompressionType(compression).name
+            write_openvino(path, describe(self, *self._thresholds_of, precision))
+        finally:
+            self._thresholds_of = ()
         keep_precise(path, count_convolutions(self.model.feature_extractor))
         return path
+
+    def _compress_ov_model(
+        self, model: Any, compression_type: Any = None, datamodule: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compress as anomalib does, and set the thresholds through the compressed graph."""
+        parent: Any = super()
+        result = parent._compress_ov_model(model, compression_type, datamodule, *args, **kwargs)
+        (post,) = self._thresholds_of or (None,)
+        if (
+            compression_type not in CALIBRATED
+            or not isinstance(post, WTFlowPostProcessor)
+            or post.false_alarm_rate is None
+        ):
+            return result
+        thresholds = GraphThresholds(result, len(self.product_names))
+        if datamodule is None:
+            rank_zero_warn(
+                f"{compression_type.name} moves the scores, and the thresholds were set before it: give the export the "
+                "training's data module (--data) to have them set again."
+            )
+        else:
+            data = self._chosen(datamodule).data
+            scores = thresholds.scores(data[index].image[None].numpy() for index in range(len(data)))
+            post.calibrate(*scores, count=len(self.product_names))
+        for name in NAMES:
+            thresholds.set(name, post.get_buffer(name))
+        return result
 
     def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
         """Quantise as anomalib does for INT8_PTQ, but the backbone behind its stem only, and with the training images.
 
-        anomalib takes the validation images, which are often the test set.
+        anomalib takes the validation images, which are often the test set. Those that the threshold comes from are not
+        among them.
         """
         if datamodule is None:
             msg = "INT8_PTQ sets its ranges with training images: give the export a data module (--data)."
             raise ValueError(msg)
+        kept = self._chosen(datamodule).kept
+        data: Any = datamodule.train_data
+        places = list(range(len(data))) if kept is None else kept
+        step = max(1.0, len(places) / RANGE_IMAGES)
+        chosen = [places[int(k * step)] for k in range(min(RANGE_IMAGES, len(places)))]
+        images = [data[place].image[None].numpy() for place in chosen]
+        return quantize(model, images, count_convolutions(self.model.feature_extractor))
+
+    def _chosen(self, datamodule: AnomalibDataModule) -> Chosen:
+        """Find the images that the threshold of a training with this data comes from."""
         datamodule.setup("fit")
-        images: list[Any] = []
-        for batch in datamodule.train_dataloader():
-            images.extend(batch.image.numpy()[:, None])
-            if len(images) >= CALIBRATION_IMAGES:
-                break
-        convolutions = count_convolutions(self.model.feature_extractor)
-        return quantize(model, images[:CALIBRATION_IMAGES], convolutions)
+        return choose(datamodule, self.settings.calibration_ratio)
 
     def _check_exportable(self) -> None:
         if not self.model.solver.exportable:
