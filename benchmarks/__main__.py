@@ -18,6 +18,7 @@ NAMES = [
     "precision",
     "training",
     "startup",
+    "backbones",
     "gpu",
     "plots",
 ]

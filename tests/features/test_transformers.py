@@ -151,6 +151,33 @@ def test_sizes_that_a_backbone_cannot_take(name: str, size: object, message: str
         FeatureExtractor(name, pre_trained=False, image_size=size)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side", "stride", "channels"),
+    [
+        ("deit3_small_patch16_224", 64, 16, 3 * 384),
+        ("beit_base_patch16_224", 64, 16, 3 * 768),
+        ("eva02_tiny_patch14_224", 56, 14, 3 * 192),
+        ("vit_tiny_r_s16_p8_224", 64, 32, 3 * 192),
+        ("xcit_nano_12_p16_224", 64, 16, 3 * 128),
+        ("mixer_s32_224", 64, 32, 3 * 512),
+        ("hiera_tiny_224", 64, 16, 96 + 192 + 384),
+        ("mvitv2_tiny", 96, 16, 96 + 192 + 384),
+        ("swinv2_tiny_window8_256", 64, 16, 96 + 192 + 384),
+        ("maxvit_tiny_tf_224", 64, 16, 64 + 128 + 256),
+        ("volo_d1_224", 64, 16, 192 + 384),
+        ("pit_ti_224", 64, 16, 64 + 128),
+        ("levit_128s", 64, 16, 128),
+        ("crossvit_tiny_240", 240, 17, 192),
+    ],
+)
+def test_other_families_give_maps(name: str, side: int, stride: int, channels: int) -> None:
+    features = FeatureExtractor(name, pre_trained=False, image_size=side)(torch.randn(1, 3, side, side))
+    assert features.shape == (1, channels, side // stride, side // stride)
+    assert features.isfinite().all()
+    assert (features.std(dim=(2, 3)) > 0).any()
+
+
 def test_images_of_another_size_than_it_is_built_for() -> None:
     extractor = FeatureExtractor(VIT, ["blocks.0"], pre_trained=False, image_size=(32, 48))
     assert extractor(torch.rand(2, 3, 32, 48)).shape == (2, 192, 2, 3)
@@ -197,6 +224,25 @@ def test_weights_file_of_another_grid(name: str, layer: str, theirs: object, our
     images = torch.randn(1, 3, *ours)
     with torch.no_grad():
         (expected,) = model.forward_intermediates(images, indices=[int(layer[-1])], intermediates_only=True)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_metas_own_file(tmp_path: Path) -> None:
+    """DINOv2 as Meta publishes it has other names, a mask token, and a position for the class token."""
+    name = "vit_small_patch14_reg4_dinov2"
+    model = randomised(name, (42, 28))
+    state = model.state_dict()
+    theirs = {{"reg_token": "register_tokens"}.get(key, key): value for key, value in state.items()}
+    # timm adds the position to the class token.
+    theirs |= {
+        "mask_token": torch.zeros(1, 384),
+        "pos_embed": torch.cat([state["cls_token"] * 0, state["pos_embed"]], 1),
+    }
+    torch.save(theirs, tmp_path / "dinov2.pth")
+    images = torch.randn(1, 3, 42, 28)
+    with torch.no_grad():
+        (expected,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
+    extractor = FeatureExtractor(name, ["blocks.1"], weights=tmp_path / "dinov2.pth", image_size=(42, 28))
     torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
 
 

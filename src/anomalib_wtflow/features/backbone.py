@@ -227,7 +227,7 @@ class FeatureExtractor(nn.Module):
     def _layer_indices(self, layers: Sequence[str] | None) -> list[int]:
         info = self._create().feature_info.info  # of all layers, also of those that timm would not take by itself
         names, strides = [layer["module"] for layer in info], [layer["reduction"] for layer in info]
-        if self.image_size is not None:
+        if self.image_size not in (None, get_data_config(self.backbone).image_size):
             self._raise_for_no_multiple(max(strides))
         if layers is None:
             return default_layers(strides)
@@ -334,7 +334,7 @@ class FeatureExtractor(nn.Module):
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
             with suppress(Exception):  # of another architecture, which is said of the weights as they are
-                return convert(state, model)
+                return convert(dict(state), model)
         return state
 
     @torch.no_grad()
