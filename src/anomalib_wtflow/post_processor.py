@@ -86,15 +86,17 @@ class WTFlowPostProcessor(PostProcessor):
         ValueError: If a rate is outside (0, 1).
     """
 
-    per_product = ("_image_threshold", "_pixel_threshold", "effective_false_alarm_rate")
+    per_product = ("_image_threshold", "_pixel_threshold", "effective_false_alarm_rate", "calibration_images")
     effective_false_alarm_rate: Tensor
+    calibration_images: Tensor
 
     def __init__(self, false_alarm_rate: float | None = Settings.false_alarm_rate, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check("false_alarm_rate", false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate
-        for name in self.per_product:
+        for name in self.per_product[:3]:
             self.register_buffer(name, torch.full((1,), torch.nan))
+        self.register_buffer("calibration_images", torch.zeros(1, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
 
     @property
@@ -125,6 +127,7 @@ class WTFlowPostProcessor(PostProcessor):
             self._image_threshold[place] = image.threshold
             self._pixel_threshold[place] = pixel.threshold
             self.effective_false_alarm_rate[place] = image.false_alarm_rate
+            self.calibration_images[place] = len(chosen[0])
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Gather what anomalib's threshold needs, if that was asked for."""
@@ -227,3 +230,5 @@ def _make_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefi
     rows = state.get(f"{prefix}effective_false_alarm_rate")
     if rows is not None and rows.ndim:
         allocate(post_processor, len(rows))
+        # Checkpoints that do not say from how many images their thresholds are.
+        state.setdefault(f"{prefix}calibration_images", torch.zeros(len(rows), dtype=torch.int64))
