@@ -16,6 +16,7 @@ from anomalib_wtflow.diagnosis.without_flow import (
     UNWHITENED,
     WHITENED,
     TrainingFeatures,
+    controls,
     training_features,
     without_flow,
 )
@@ -47,13 +48,13 @@ def test_controls_are_the_model_without_its_flow(trained: SimpleNamespace) -> No
     images = list(score_images(trained.model, trained.parts.test_data, QUIET))[::4]
     training = training_features(trained.model, trained.parts.train_data, 512, QUIET)
     assert len(training.features) == len(trained.parts.train_data)
-    controls = dict(without_flow(trained.model, images, training, QUIET))
-    assert list(controls) == [UNWHITENED, WHITENED, POSITION_MEANS]
+    scored = dict(without_flow(trained.model, images, training, QUIET))
+    assert list(scored) == [UNWHITENED, WHITENED, POSITION_MEANS]
     features = torch.stack([image.features for image in images])
     for name, normalization in ((UNWHITENED, "channel"), (WHITENED, "whitening")):
         expected = reference(trained.model.model, training, features, normalization)
-        assert [image.score for image in controls[name]] == pytest.approx(expected, rel=1e-4)
-    assert [image.path for image in controls[WHITENED]] == [image.path for image in images]
+        assert [image.score for image in scored[name]] == pytest.approx(expected, rel=1e-4)
+    assert [image.path for image in scored[WHITENED]] == [image.path for image in images]
     assert list(dict(without_flow(trained.model, images, None, QUIET))) == [UNWHITENED]
 
 
@@ -63,9 +64,9 @@ def test_an_image_that_is_the_mean_of_its_positions_is_normal_all_over(trained: 
     trained.parts.setup()
     image = next(iter(score_images(trained.model, trained.parts.test_data, QUIET)))
     training = TrainingFeatures(image.features[None], image.product)
-    controls = dict(without_flow(trained.model, [image], training, QUIET))
-    assert np.abs(controls[POSITION_MEANS][0].anomaly_map.numpy()).max() < 1e-5
-    assert controls[WHITENED][0].anomaly_map.max() > 0.1
+    scored = dict(without_flow(trained.model, [image], training, QUIET))
+    assert np.abs(scored[POSITION_MEANS][0].anomaly_map.numpy()).max() < 1e-5
+    assert scored[WHITENED][0].anomaly_map.max() > 0.1
     # Nothing to whiten with for the test image's product.
     other = TrainingFeatures(training.features, training.product + 1)
-    assert list(dict(without_flow(trained.model, [image], other, QUIET))) == [UNWHITENED]
+    assert list(controls(trained.model, [image], other)) == [UNWHITENED]

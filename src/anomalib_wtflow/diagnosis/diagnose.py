@@ -68,7 +68,6 @@ def diagnose(
     """
     _check(flow_images, control_steps, log_density)
     show = Progress(progress)
-    show.say("Loading the model and the data")
     model, trained_steps, steps_per_epoch = load_model(ckpt_path)
     to_device(model, device)
     make_folder(Path(output))

@@ -136,11 +136,15 @@ def _table(products: dict[str, Numbers]) -> str:
 
 def _gallery(shown: Sequence[Entry], told: Sequence[Numbers]) -> str:
     choices = {key: sorted({entry.row[key] for entry in shown}) for key in ("kind", "product")}
-    verdicts = [verdict for verdict in VERDICTS if any(row["verdict"] == verdict for row in told) or verdict in WRONG]
+    there = {row["verdict"] for row in told}
+    # That there are no wrong ones says something too, where there could be.
+    there |= set(WRONG) if there & {"found", "passed"} else set()
+    verdicts = [verdict for verdict in VERDICTS if verdict in there]
     words = (
-        f"{len(shown)} of the {len(told)} test images: wrong verdicts first, then the closest calls. Beside each its "
-        "anomaly map, from dark (like good parts) to bright (from twice the threshold of pixels on); outlined in white "
-        "is what the model marks, in green the mask that came with the image. Click a picture to enlarge it."
+        f"{len(shown)} of the {len(told)} test images: wrong verdicts first, then the closest calls; of unlabelled "
+        "images the highest scores. Beside each its anomaly map, from dark (like good parts) to bright (from twice the "
+        "threshold of pixels on); outlined in white is what the model marks, in green the mask that came with the "
+        "image. Click a picture to enlarge it."
     )
     return Template(part_of_page("gallery.html")).substitute(
         words=words,

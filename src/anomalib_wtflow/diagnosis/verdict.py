@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from anomalib_wtflow.diagnosis.style import SHOWN
+
 Numbers = dict[str, Any]
 LEVELS = ("Yes", "With care", "Not known", "No")
 """How answers begin, mildest first."""
@@ -158,9 +160,9 @@ def advice(scores: Numbers) -> list[str]:
             f"Give the threshold {needed - given} more good images (add some, or raise calibration_ratio): a promise "
             f"of {percent(asked)} needs {needed}, and it has {given}."
         )
-    if not images.get("normal") or not images.get("anomalous"):
-        missing = "good" if not images.get("normal") else "defective"
-        found.append(f"Test on parts known to be {missing}, some twenty of each product: nothing else tells.")
+    missing = [SHOWN[kind] for kind in ("normal", "anomalous") if not images.get(kind)]
+    if missing:
+        found.append(f"Test on parts known to be {' and on ones known to be '.join(missing)}: nothing else tells.")
     if scores["misses"]:
         found.append(
             "Look at the missed parts below: where the map lights up, a higher false_alarm_rate finds them; where it "

@@ -67,7 +67,7 @@ def without_flow(
     """
     size = images[0].anomaly_map.shape
     batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    for name, ends in _controls(model, images, training).items():
+    for name, ends in controls(model, images, training).items():
         generator = _generator(model, ends, training, size)
         scored = []
         for batch in show(batches, f"Scoring without a flow, {name}", len(batches)):
@@ -96,10 +96,11 @@ def _generator(
     return generator
 
 
-def _controls(model: WTFlow, images: Sequence[ScoredImage], training: TrainingFeatures | None) -> dict[str, Ends]:
-    controls: dict[str, Ends] = {UNWHITENED: model.model.normalization}
+def controls(model: WTFlow, images: Sequence[ScoredImage], training: TrainingFeatures | None) -> dict[str, Ends]:
+    """Build the controls, by name; only the first where there is nothing to whiten an image's product with."""
+    result: dict[str, Ends] = {UNWHITENED: model.model.normalization}
     if training is None or not {int(image.product) for image in images} <= set(training.product.tolist()):
-        return controls  # nothing to whiten with
+        return result
     known = training.product.unique()
 
     def place(product: Tensor) -> Tensor:
@@ -112,9 +113,9 @@ def _controls(model: WTFlow, images: Sequence[ScoredImage], training: TrainingFe
         whitening.update(features, place(product))
     whitening.finalize()
     whitening.to(model.device)
-    controls[WHITENED] = whitened = lambda features, product: whitening(features, place(product))
+    result[WHITENED] = whitened = lambda features, product: whitening(features, place(product))
     # Whitening is affine: the mean of the whitened features is the mean, whitened.
     average = [training.features[training.product == one].mean(dim=0) for one in known]
     means = whitened(torch.stack(average).to(model.device), known)
-    controls[POSITION_MEANS] = lambda features, product: whitened(features, product) - means[place(product)]
-    return controls
+    result[POSITION_MEANS] = lambda features, product: whitened(features, product) - means[place(product)]
+    return result
