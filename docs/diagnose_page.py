@@ -28,7 +28,7 @@ def main() -> None:
         page = diagnose(engine.best_model_path, data, Path(folder) / "page")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            view = browser.new_page(viewport={"width": 1400, "height": 1240})
+            view = browser.new_page(viewport={"width": 1400, "height": 940})
             view.goto(page.as_uri())
             view.screenshot(path=FOLDER / "images" / "diagnose.png")
             browser.close()

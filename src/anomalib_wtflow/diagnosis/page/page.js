@@ -24,7 +24,7 @@
     const enlarge = (entry) => {
       const place = dialog.querySelector(".pair");
       place.replaceChildren(...[...entry.querySelectorAll("img")].map((image) => image.cloneNode()));
-      dialog.querySelector("p").textContent = entry.querySelector("figcaption").textContent;
+      dialog.querySelector("p").replaceChildren(...entry.querySelector("figcaption").cloneNode(true).childNodes);
       dialog.showModal();
     };
 
