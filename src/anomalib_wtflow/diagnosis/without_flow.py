@@ -73,7 +73,7 @@ def without_flow(
         for batch in show(batches, f"Scoring without a flow, {name}", len(batches)):
             product = torch.cat([image.product for image in batch])
             log_density = _log_density(model, ends, torch.stack([image.features for image in batch]), product)
-            maps, scores = generator(log_density, size, product)
+            maps, scores = (values.cpu() for values in generator(log_density, size, product))
             scored += [
                 image._replace(score=float(score), anomaly_map=one[0])
                 for image, score, one in zip(batch, scores, maps, strict=True)
