@@ -140,9 +140,9 @@ class WTFlowPostProcessor(PostProcessor):
         )
 
     @property
-    def calibration_counts(self) -> list[int]:
-        """Number of images that the thresholds of each product come from."""
-        return torch.bincount(self.calibration_product, minlength=len(self.effective_false_alarm_rate)).tolist()
+    def calibration_images(self) -> Tensor:
+        """Number of images that the thresholds of each product come from; 0 where that is not known."""
+        return torch.bincount(self.calibration_product, minlength=len(self.effective_false_alarm_rate))
 
     def _remember(self, scores: Tensor, product: Tensor) -> None:
         self.register_buffer("calibration_scores", scores)

@@ -1,5 +1,6 @@
 """Diagnosis of a trained model, and of drawn data: numbers against anomalib's, the page against what it promises."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -11,25 +12,30 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import PredictDataset
+from drawn import scored
 from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, diagnose, diagnose_toy
 from anomalib_wtflow.cli.main import main
+from anomalib_wtflow.diagnosis import progress
 from anomalib_wtflow.diagnosis.flow_numbers import predicted_component
 from anomalib_wtflow.diagnosis.progress import Progress
-from anomalib_wtflow.diagnosis.scoring import ScoredImage, items, worst_first
+from anomalib_wtflow.diagnosis.scoring import informative_first, items
+from anomalib_wtflow.diagnosis.without_flow import NAMES
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.operation.checkpoint import load_model
 from anomalib_wtflow.operation.data import data_sets
 from conftest import quiet_engine
 
-FIGURES = ("radius", "centripetal", "field", "histograms", "gallery")
+FIGURES = ("radius", "centripetal", "field", "histograms")
+FRONT = ("scores", "kinds")
 
 
 def check_page(page: Path, figures: tuple[str, ...]) -> dict:
     """The page holds each figure, refers to nothing outside, and has two sentences for each; returns the numbers."""
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "http" not in text
     assert text.count("data:image/png;base64,") == len(figures)
     for words in re.findall(r"<section>\s*<h2>.*?</h2>\s*<p>(.*?)</p>", text, re.DOTALL):
         assert len(re.findall(r"[.](?=\s|$)", words)) == 2, words
@@ -58,7 +64,7 @@ def page(trained: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.slow
 def test_scores_are_those_of_the_engine(page: Path, trained: SimpleNamespace) -> None:
-    numbers = check_page(page, (*FIGURES, "log_density"))["scores"]
+    numbers = check_page(page, (*FRONT, *FIGURES, "log_density"))["scores"]
     engine = quiet_engine(trained.root)
     (metrics,) = engine.test(trained.model, datamodule=trained.parts)
     assert numbers["image_auroc"] == pytest.approx(metrics["image_AUROC"], abs=1e-5)
@@ -69,6 +75,7 @@ def test_scores_are_those_of_the_engine(page: Path, trained: SimpleNamespace) ->
     ]
     wrong = [bool(item.pred_label) != bool(item.gt_label) for item in items]
     assert numbers["false_alarms"] + numbers["misses"] == sum(wrong)
+    assert numbers["calibration_images"] == trained.model.post_processor.calibration_images.item()
     assert numbers["images"] == {
         "normal": sum(not item.gt_label for item in items),
         "anomalous": sum(map(bool, (item.gt_label for item in items))),
@@ -106,6 +113,7 @@ def test_flow_and_field_numbers(page: Path, trained: SimpleNamespace) -> None:
     assert flow["positions"]["normal"] == 4 * 8 * 8  # 128 px at stride 16
     assert set(numbers["field"]["couplings"]) == {"worst_of_two", "independent"}
     assert numbers["control_steps"] == 5
+    assert set(numbers["scores"]["controls"]) == set(NAMES)
     assert numbers["training_steps"] == 3  # three epochs of one batch
     assert all(value > 0 for row in numbers["field"]["couplings"].values() for value in row["lipschitz"])
     proxy, _ = numbers["log_density"]["auroc"]
@@ -118,8 +126,9 @@ def test_images_without_labels(trained: SimpleNamespace, tmp_path: Path) -> None
     page = diagnose(
         trained.checkpoint, Path(trained.parts.root) / "test" / "missing", tmp_path, flow_images=2, progress=False
     )
-    numbers = check_page(page, FIGURES)
+    numbers = check_page(page, (*FRONT, *FIGURES))
     assert numbers["scores"]["images"] == {"unlabelled": 4}
+    assert numbers["scores"]["strongest_control"] is None
     assert numbers["scores"]["image_auroc"] is None
     assert set(numbers["flow"]["ode"]) == {"worst_of_two"}  # no good images to train plain rFM on
 
@@ -133,24 +142,27 @@ def test_an_untrained_model_is_refused(trained: SimpleNamespace, tmp_path: Path)
         load_model(tmp_path / "model.ckpt")
 
 
-def scored(path: str, anomalous: bool | None, called: bool | None, score: float) -> ScoredImage:
-    empty = torch.zeros(1, 1)
-    return ScoredImage(path, anomalous, None, score, empty, called, None, empty, torch.zeros(1), "part")
-
-
-def test_worst_first() -> None:
-    """False alarms by falling score and misses by rising score in turn, then the rest by falling score."""
+def test_informative_first() -> None:
+    """Wrong ones by distance from the threshold, each kind in turn, then right ones, the closest first."""
     images = [
-        scored("found", True, True, 9),
-        scored("passed", False, False, 1),
-        scored("alarm-small", False, True, 5),
-        scored("miss-near", True, False, 3),
-        scored("alarm-big", False, True, 7),
-        scored("alarm-middle", False, True, 6),
-        scored("miss-far", True, False, 2),
+        scored("scratch/found-surely", True, 9),
+        scored("scratch/found-closely", True, 1.1),
+        scored("good/passed", False, 0.9),
+        scored("good/alarm-small", False, 1.2),
+        scored("good/alarm-big", False, 3),
+        scored("scratch/miss-near", True, 0.9),
+        scored("scratch/miss-far", True, 0.2),
+        scored("stain/miss", True, 0.8),
     ]
-    names = [image.path for image in worst_first(images)]
-    assert names == ["alarm-big", "miss-far", "alarm-middle", "miss-near", "alarm-small", "found", "passed"]
+    names = [Path(image.path).name for image in informative_first(images, [1.0])]
+    assert names == [
+        *("miss-far", "miss", "alarm-big", "miss-near", "alarm-small"),
+        *("found-closely", "passed", "found-surely"),
+    ]
+    unlabelled = [scored(f"{score}", None, score) for score in (0.5, 3, 1)]
+    assert [image.score for image in informative_first(unlabelled, [1.0])] == [3, 1, 0.5]
+    without = [scored(f"good/{score}", False, score, threshold=None) for score in (0.5, 3, 1)]
+    assert [image.score for image in informative_first(without, [None])] == [3, 1, 0.5]
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -231,7 +243,7 @@ def test_errors_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert message.startswith(f"error: '{tmp_path / 'text.ckpt'}' is not a checkpoint of a WTFlow model: give")
     assert "\n" not in message
     assert "seeds is 0: train with at least 1 seed" in run(capsys, "--toy", "--seeds", 0)
-    assert "flow_images is 0 and control_steps None" in run(
+    assert "flow_images is 0 and control_steps 0" in run(
         capsys, "--ckpt_path", "x", "--data", tmp_path, "--flow_images", 0
     )
     message = run(capsys, "--ckpt_path", "x", "--data", "SyntheticParts", "--data.side", 10)
@@ -263,7 +275,7 @@ def test_the_command_on_a_data_module(trained: SimpleNamespace, tmp_path: Path) 
     assert result.stdout.strip().endswith(f"Wrote {tmp_path / 'page' / 'index.html'}")
     assert "Warning" not in result.stderr
     assert "Traceback" not in result.stderr
-    check_page(tmp_path / "page" / "index.html", FIGURES)
+    check_page(tmp_path / "page" / "index.html", (*FRONT, *FIGURES))
 
 
 @pytest.mark.slow
@@ -310,8 +322,25 @@ def test_headless() -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_line_for_each_stage_where_there_is_no_terminal(wanted: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(Progress(wanted)([1, 2], "Scoring", 2)) == [1, 2]
+def test_lines_where_there_is_no_terminal(
+    wanted: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each stage, and one at most every five seconds: here each item takes three."""
+    now = itertools.count(step=3)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    assert list(Progress(wanted)(range(6), "Scoring", 6)) == list(range(6))
     captured = capsys.readouterr()
-    assert captured.err == ("Scoring (2)\n" if wanted else "")
+    assert captured.err == ("Scoring (6)\nScoring: 2 of 6\nScoring: 4 of 6\n" if wanted else "")
+    assert captured.out == ""
+
+
+def test_bars_where_standard_error_is_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever standard output is: the result may go to a file."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(Progress(True)([1, 2], "Scoring", 2)) == [1, 2]
+    captured = capsys.readouterr()
+    assert "\x1b[" in captured.err
     assert captured.out == ""

@@ -85,7 +85,7 @@ def test_anomalibs_commands_take_the_new_threshold(
     assert float(model.post_processor.image_threshold) == done.products[0].after
     called = torch.cat([batch.pred_label for batch in batches])
     assert int(called.sum()) == round(done.products[0].promised * 151) - 1
-    assert model.post_processor.calibration_counts == [150]
+    assert model.post_processor.calibration_images.tolist() == [150]
     again = calibrate(done.path, good.night, tmp_path / "again.ckpt")
     assert again.false_alarm_rate == pytest.approx(0.02)
     assert again.products[0].after == done.products[0].after
@@ -213,7 +213,7 @@ def test_a_product_without_images_keeps_its_threshold() -> None:
     post.calibrate(torch.arange(9.0) + 100, torch.arange(9.0) + 200, torch.ones(9, dtype=torch.int64), 2, keep=True)
     assert post.image_threshold.tolist() == [first[0][0], 108.0]
     assert post.pixel_threshold.tolist() == [first[1][0], 208.0]
-    assert post.calibration_counts == [9, 9]
+    assert post.calibration_images.tolist() == [9, 9]
     assert sorted(post.calibration_scores.tolist()) == [*range(0, 18, 2), *range(100, 109)]
 
 
@@ -224,5 +224,5 @@ def test_the_scores_come_along_in_a_state_dict() -> None:
     assert other.calibration_scores.tolist() == list(range(9))
     old = {name: value for name, value in one.state_dict().items() if not name.startswith("calibration_")}
     other.load_state_dict(old)
-    assert other.calibration_counts == [0]
+    assert other.calibration_images.tolist() == [0]
     assert float(other.image_threshold) == 8

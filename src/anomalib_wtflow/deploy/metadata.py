@@ -26,7 +26,7 @@ def describe(model: Any, post: Any, precision: str) -> dict[str, str]:
             "promised_false_alarm_rate": _numbers(post.effective_false_alarm_rate.tolist()),
             "threshold": _numbers(post.image_threshold.tolist()),
             "pixel_threshold": _numbers(post.pixel_threshold.tolist()),
-            "calibration_images": json.dumps(post.calibration_counts),
+            "calibration_images": json.dumps(post.calibration_images.tolist()),
         }
     if len(model.product_names) > 1:
         said["products"] = json.dumps(list(model.product_names), ensure_ascii=False)

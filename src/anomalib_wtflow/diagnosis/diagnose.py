@@ -1,4 +1,4 @@
-"""Why a trained model separates, in figures: ``anomalib-wtflow diagnose`` and its Python functions."""
+"""Can a trained model be trusted, and why: ``anomalib-wtflow diagnose`` and its Python functions."""
 
 import math
 from pathlib import Path
@@ -6,16 +6,18 @@ from typing import Any
 
 from anomalib.data import AnomalibDataModule
 from lightning import seed_everything
-from matplotlib.figure import Figure
 from torch import nn
 
-from anomalib_wtflow.diagnosis import explanations, figures, toy_figures
+from anomalib_wtflow.diagnosis import explanations, figures, gallery, toy_figures
 from anomalib_wtflow.diagnosis.control import fit_control
 from anomalib_wtflow.diagnosis.flow_numbers import flow_and_field_numbers
+from anomalib_wtflow.diagnosis.front import front
+from anomalib_wtflow.diagnosis.gallery import ranked_images
 from anomalib_wtflow.diagnosis.progress import Progress
-from anomalib_wtflow.diagnosis.report import Section, make_folder, write_report
-from anomalib_wtflow.diagnosis.score_numbers import DivergenceChoice, all_numbers, by_product, log_density_numbers
-from anomalib_wtflow.diagnosis.scoring import ScoredImage, score_images, worst_first
+from anomalib_wtflow.diagnosis.report import make_folder, write_report
+from anomalib_wtflow.diagnosis.score_numbers import DivergenceChoice, all_numbers, log_density_numbers
+from anomalib_wtflow.diagnosis.scoring import ScoredImage, score_images
+from anomalib_wtflow.diagnosis.without_flow import training_features, without_flow
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import data_sets
@@ -25,15 +27,16 @@ from anomalib_wtflow.theory.singularity import lipschitz_growth
 from anomalib_wtflow.theory.trivial_field import trivial_field
 from anomalib_wtflow.theory.well import trajectories, well_and_escape
 
-GALLERY_IMAGES = 6
+TRAINING_IMAGES = 512
+"""Of which features are taken, for the comparisons."""
 
 
 def diagnose(
     ckpt_path: str | Path,
     data: AnomalibDataModule | str | Path,
     output: str | Path = "results/diagnose",
-    flow_images: int = 16,
-    control_steps: int | None = None,
+    flow_images: int = 8,
+    control_steps: int | None = 0,
     log_density: DivergenceChoice | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -46,14 +49,14 @@ def diagnose(
         data: anomalib data module; or a YAML file with its config; or a folder in MVTec's layout (``train/good``,
             ``test/good``, ``test/<defect>``, ``ground_truth/<defect>``); or a folder of images without labels.
         output: Folder to write into.
-        flow_images: Test images of each kind whose features are followed along the flow.
+        flow_images: Test images of each kind, good and defective, whose features are followed along the flow.
         control_steps: Training steps of the plain rFM field (independent coupling) that the trained one is compared
-            with; None for as many as the checkpoint has, 0 for no comparison. Its batches are about as large as the
+            with; 0 for no comparison, None for as many as the checkpoint has. Its batches are about as large as the
             checkpoint's, whose steps an epoch are known.
         log_density: ``exact`` or ``hutchinson``, to compare the density proxy with the log-density along the ODE.
         device: ``auto``, ``cpu``, ``cuda`` and so on.
         seed: Seed of the noise and of the comparison's training.
-        progress: Whether to show progress bars.
+        progress: Whether to say on standard error how far it is: with bars on a terminal, in lines elsewhere.
 
     Returns:
         Path of ``index.html``.
@@ -71,24 +74,42 @@ def diagnose(
     train_data, test_data = data_sets(data)
     seed_everything(seed, verbose=False)
 
-    images = list(score_images(model, test_data, show))
+    images = ranked_images(model, list(score_images(model, test_data, show)))
+    training = None if train_data is None else training_features(model, train_data, TRAINING_IMAGES, show)
     steps = trained_steps if control_steps is None else control_steps
     fields: dict[str, nn.Module] = {model.settings.coupling: model.model.flow_field}
-    if train_data is not None and steps > 0 and model.settings.coupling != "independent":
+    if train_data is not None and training is not None and steps > 0 and model.settings.coupling != "independent":
         batch_size = math.ceil(len(train_data) / steps_per_epoch) if steps_per_epoch else 32
-        fields["independent"] = fit_control(model, train_data, steps, batch_size, show)
+        fields["independent"] = fit_control(model, training, steps, batch_size, show)
     numbers: dict[str, Any] = {
         "checkpoint": Path(ckpt_path).name,
         "settings": {k: v for k, v in model.settings.plain().items() if k not in ("pre_trained", "weights")},
         "training_steps": trained_steps,
         "control_steps": steps if len(fields) > 1 else 0,
-        **all_numbers(model, images),
+        "images": gallery.rows(model, images),
+        **all_numbers(model, images, without_flow(model, images, training, show)),
         **flow_and_field_numbers(model, fields, images, flow_images, show),
     }
     if log_density is not None:
         numbers["log_density"] = log_density_numbers(model, images, log_density, show)
-    title, summary = "Why this WT-Flow model separates", explanations.summary(numbers)
-    return write_report(Path(output), title, summary, _sections(model, numbers, images), numbers)
+    return _write(Path(output), model, numbers, images, show)
+
+
+def _write(output: Path, model: WTFlow, numbers: dict[str, Any], images: list[ScoredImage], show: Progress) -> Path:
+    drawn = {
+        "radius": figures.radius_along_the_flow(numbers["flow"]),
+        "centripetal": figures.centripetal(numbers["flow"]),
+        "field": figures.field_over_time(numbers["field"]),
+        "histograms": figures.histograms(numbers["scores"]),
+    }
+    if "log_density" in numbers:
+        drawn["log_density"] = figures.log_density(numbers["log_density"])
+    sections = [(name, figure, *explanations.model(name, numbers)) for name, figure in drawn.items()]
+    rows = zip(images, numbers["images"], strict=True)
+    shown = list(gallery.entries(model, show(rows, "Drawing the images", len(images))))
+    numbers["images_shown"] = len(shown)
+    title, summary = "Can this model be trusted on these parts?", explanations.summary(numbers)
+    return write_report(output, title, summary, sections, numbers, front(output, numbers, shown))
 
 
 def _check(flow_images: int, control_steps: int | None, log_density: str | None) -> None:
@@ -101,33 +122,6 @@ def _check(flow_images: int, control_steps: int | None, log_density: str | None)
     if log_density not in (None, "exact", "hutchinson"):
         msg = f"Unknown log_density '{log_density}': choose one of exact, hutchinson, or leave it out."
         raise ValueError(msg)
-
-
-def _sections(model: WTFlow, numbers: dict[str, Any], images: list[ScoredImage]) -> list[Section]:
-    """Draw the figures, and find the words for each; of several products, scores and gallery of each."""
-    drawn = {
-        "radius": figures.radius_along_the_flow(numbers["flow"]),
-        "centripetal": figures.centripetal(numbers["flow"]),
-        "field": figures.field_over_time(numbers["field"]),
-        "histograms": figures.histograms(numbers["scores"]),
-    }
-    products = numbers.get("products", {})
-    if not products:
-        drawn["gallery"] = _gallery(images, numbers["scores"])
-    if "log_density" in numbers:
-        drawn["log_density"] = figures.log_density(numbers["log_density"])
-    sections = [(name, figure, *explanations.model(name, numbers)) for name, figure in drawn.items()]
-    for place, (product, group) in enumerate(by_product(model, images).items() if products else ()):
-        own = {**numbers, "scores": products[product]}
-        parts = {"histograms": figures.histograms(own["scores"]), "gallery": _gallery(group, own["scores"])}
-        for name, figure in parts.items():
-            title, words = explanations.model(name, own)
-            sections.append((f"product-{place:02d}-{name}", figure, f"{product}: {title}", words))
-    return sections
-
-
-def _gallery(images: list[ScoredImage], scores: dict[str, Any]) -> Figure:
-    return figures.gallery(worst_first(images)[:GALLERY_IMAGES], scores["pixel_threshold"])
 
 
 def diagnose_toy(output: str | Path = "results/diagnose-toy", seeds: int = 3, progress: bool = True) -> Path:

@@ -4,34 +4,18 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
+from anomalib_wtflow.diagnosis.style import SHOWN
+
 Words = tuple[str, str]
 """Title and explanation."""
 
 
 def summary(numbers: dict[str, Any]) -> str:
-    """Say what was tested, how the threshold did, and what the flow adds to its features."""
-    scores = numbers["scores"]
-    counts = ", ".join(f"{count} {kind}" for kind, count in scores["images"].items())
-    parts = [f"{numbers['checkpoint']} on test images: {counts}."]
-    for level in ("image", "pixel"):
-        auroc, control = scores[f"{level}_auroc"], scores[f"{level}_auroc_no_flow"]
-        if auroc is not None:
-            over = ", mean over the products" if "products" in numbers else ""
-            parts.append(
-                f"{level.title()} AUROC {auroc:.4f}{over} (the same normalised features without a flow: {control:.4f})."
-            )
-    if scores["threshold"] is None:
-        parts.append("The model has no threshold.")
-    else:
-        if "normal" in scores["images"]:
-            parts.append(f"False alarms: {scores['false_alarms']} of {scores['images']['normal']} good images.")
-        if "anomalous" in scores["images"]:
-            parts.append(f"Misses: {scores['misses']} of {scores['images']['anomalous']} defective ones.")
-    for name, own in numbers.get("products", {}).items():
-        auroc = "" if own["image_auroc"] is None else f"image AUROC {own['image_auroc']:.4f}, "
-        like = f", {own['unknown']} like no product" if own["unknown"] else ""
-        parts.append(f"{name}: {auroc}{sum(own['images'].values())} images{like}.")
-    return " ".join(parts)
+    """Say what was tested."""
+    counts = ", ".join(f"{count} {SHOWN[kind]}" for kind, count in numbers["scores"]["images"].items())
+    products = numbers.get("products", {})
+    names = f" of {len(products)} products; AUROCs are their mean" if products else ""
+    return f"{numbers['checkpoint']} on test images: {counts}{names}."
 
 
 def model(name: str, numbers: dict[str, Any]) -> Words:
@@ -91,15 +75,6 @@ def _histograms(numbers: dict[str, Any]) -> Words:
         "Images (left) and pixels (right) by their score; what lies right of the line is called anomalous. "
         "With the default post-processor the lines come from good images that the field was not trained on, so that "
         "good images lie right of the left line at the rate that was asked for, give or take the draw."
-    )
-
-
-def _gallery(numbers: dict[str, Any]) -> Words:
-    scores = numbers["scores"]
-    wrong = (scores["false_alarms"] or 0) + (scores["misses"] or 0)
-    return "Worst first", (
-        f"The worst false alarms and misses in turn ({wrong} in all), then the images with the highest scores. "
-        "All maps are on one scale, to twice the pixel threshold; the outline is where one exceeds the pixel threshold."
     )
 
 
@@ -169,7 +144,6 @@ _MODEL: dict[str, Callable[[dict[str, Any]], Words]] = {
     "centripetal": _centripetal,
     "field": _field,
     "histograms": _histograms,
-    "gallery": _gallery,
     "log_density": _log_density,
 }
 _TOY: dict[str, Callable[[dict[str, Any]], Words]] = {

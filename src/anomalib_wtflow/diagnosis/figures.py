@@ -1,16 +1,17 @@
 """Figures of a trained model, from the numbers in a diagnosis's JSON. Headless."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from anomalib_wtflow.diagnosis.certainty import share_interval
 from anomalib_wtflow.diagnosis.style import (
     COUPLING_STYLES,
     GREY,
     KINDS,
+    SHOWN,
     band,
     name_of,
     new_figure,
@@ -81,63 +82,63 @@ def field_over_time(field: dict[str, Any]) -> Figure:
 def histograms(scores: dict[str, Any]) -> Figure:
     """Histograms of the density proxy, by image and by pixel, with the thresholds."""
     figure, panels = new_figure(1, 2, 8.4, 3.4)
-    for axes, level, threshold in zip(panels, ("image", "pixel"), ("threshold", "pixel_threshold"), strict=True):
-        histogram = scores[f"{level}_histogram"] or {}
-        for kind, (color, style, _) in KINDS.items():
-            if kind in histogram:
-                axes.stairs(
-                    histogram[kind], histogram["edges"], color=color, linestyle=style, linewidth=1.6, label=kind
-                )
-                axes.stairs(histogram[kind], histogram["edges"], color=color, fill=True, alpha=0.2)
-        if scores[threshold] is not None:
-            axes.axvline(scores[threshold], color="black", linewidth=1.2, label="threshold")
+    for axes, level in zip(panels, ("image", "pixel"), strict=True):
+        _histogram(axes, scores, level)
         auroc = scores[f"{level}_auroc"]
         axes.set_title(f"{level}s" + ("" if auroc is None else f", AUROC {auroc:.4f}"))
-        axes.set(xscale="log", xlabel=r"$-\log q$" + (" (mean of the top pixels)" if level == "image" else ""))
-        axes.set_ylabel(f"share of the {level}s of a kind")
+        axes.set(xlabel=r"$-\log q$" + (" (mean of the top pixels)" if level == "image" else ""))
     panels[0].legend(frameon=False)
     panels[1].set_yscale("log")
     return figure
 
 
-def gallery(images: Sequence[Any], threshold: float | None) -> Figure:
-    """Image, ground truth, anomaly map to twice the pixel threshold, and predicted mask, a row an image."""
-    figure, axes = new_figure(len(images), 4, 7.4, 1.95 * len(images) + 0.3, squeeze=False)
-    top = max(float(image.anomaly_map.max()) for image in images)
-    scale = 2 * threshold if threshold else top
-    for row, image in zip(axes, images, strict=True):
-        height, width = image.anomaly_map.shape
-        with Image.open(image.path) as picture:
-            shown = np.asarray(picture.convert("RGB").resize((width, height)))
-        row[0].imshow(shown)
-        if image.mask is None:
-            row[1].imshow(np.ones((height, width)), cmap="gray", vmin=0, vmax=1)
-            row[1].text(0.5, 0.5, "no mask", ha="center", va="center", transform=row[1].transAxes)
-        else:
-            row[1].imshow(image.mask, cmap="gray", vmin=0, vmax=1)
-        heat = row[2].imshow(image.anomaly_map, cmap="cividis", vmin=0, vmax=scale)
-        row[3].imshow(shown)
-        if image.called_mask is not None and image.called_mask.any():
-            # A frame of zeros, so that a mask that reaches the edge, or is everywhere, has an outline there too.
-            framed = np.pad(image.called_mask.numpy().astype(float), 1)
-            x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
-            row[3].contour(x, y, framed, [0.5], colors="black", linewidths=3.2)
-            row[3].contour(x, y, framed, [0.5], colors="#F0E442", linewidths=1.6)
-            row[3].set(xlim=(-1.5, width + 0.5), ylim=(height + 0.5, -1.5))
-        for cell in row:
-            cell.set(xticks=[], yticks=[])
-        row[0].set_ylabel(_verdict(image), fontsize=8, parse_math=False)  # a file name may hold a $
-    for cell, title in zip(axes[0], ("image", "ground truth", "anomaly map", "predicted mask"), strict=True):
-        cell.set_title(title, fontsize=10)
-    figure.colorbar(heat, ax=axes, location="bottom", shrink=0.4, aspect=30, label=r"anomaly map ($-\log q$)", pad=0.01)
+def score_histogram(scores: dict[str, Any], several: bool) -> Figure:
+    """Histogram of the image scores, good and defective, with the threshold."""
+    figure, axes = new_figure(1, 1, 5, 3.4)
+    _histogram(axes, scores, "image")
+    unit = " (1 = threshold of its product)" if several else ""
+    axes.set(title="Scores of the images", xlabel=f"anomaly score{unit}")
+    axes.legend(framealpha=0.9, edgecolor="none")
     return figure
 
 
-def _verdict(image: Any) -> str:
-    names = {(False, True): "FALSE ALARM", (True, False): "MISS", (True, True): "found", (False, False): "passed"}
-    verdict = names.get((image.anomalous, image.called), "unlabelled" if image.anomalous is None else "no threshold")
-    place = "/".join(image.path.replace("\\", "/").split("/")[-2:])
-    return f"{verdict}\n{place[-24:]}\nscore {image.score:.3g}"
+def _histogram(axes: Axes, scores: dict[str, Any], level: str) -> None:
+    histogram = scores[f"{level}_histogram"] or {}
+    threshold = scores["threshold" if level == "image" else "pixel_threshold"]
+    for kind, (color, style, _) in KINDS.items():
+        if kind in histogram:
+            axes.stairs(
+                histogram[kind], histogram["edges"], color=color, linestyle=style, linewidth=1.6, label=SHOWN[kind]
+            )
+            axes.stairs(histogram[kind], histogram["edges"], color=color, fill=True, alpha=0.2)
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linewidth=1.2, label="threshold")
+    axes.set(xscale="log", ylabel=f"share of the {level}s of a kind")
+    # Scores within a decade have no power of ten to show.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def called_by_kind(scores: dict[str, Any]) -> Figure:
+    """Share of the images of each kind that is called anomalous, with 95 % intervals; what is promised of good ones."""
+    kinds = scores["kinds"]
+    figure, axes = new_figure(1, 1, 5, max(3.4, 1.2 + 0.36 * len(kinds)))
+    for place, (kind, row) in enumerate(kinds.items()):
+        share, (low, high) = row["called"] / row["images"], share_interval(row["called"], row["images"])
+        color, _, marker = KINDS["normal" if kind == "good" else "unlabelled" if kind == "unlabelled" else "anomalous"]
+        axes.barh(place, share, color=color, alpha=0.35)
+        axes.errorbar(share, place, xerr=[[share - low], [high - share]], color=color, marker=marker, capsize=3)
+    if "good" in kinds and scores["promised_rate"] is not None:
+        axes.plot([scores["promised_rate"]] * 2, [-0.5, 0.5], color="black", linewidth=2)
+        axes.annotate(
+            "promised", (scores["promised_rate"], 0.5), (4, -2), textcoords="offset points", fontsize=8, va="top"
+        )
+    labels = [f"{kind}\n{row['called']} of {row['images']}" for kind, row in kinds.items()]
+    axes.set_yticks(range(len(kinds)), labels, parse_math=False)
+    axes.set(xlim=(0, 1.04), ylim=(len(kinds) - 0.4, -0.6), xlabel="share called anomalous (bar) and its 95 % interval")
+    axes.set_title("Called anomalous, by kind")
+    return figure
 
 
 def log_density(numbers: dict[str, Any]) -> Figure:

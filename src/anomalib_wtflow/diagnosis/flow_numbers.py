@@ -137,7 +137,7 @@ def field_numbers(
     result: dict[str, Any] = {"t": times, "images": min(len(x0), LIPSCHITZ_IMAGES), "couplings": {}}
     for name, field in fields.items():
         norms, constants = [], []
-        for t in show(times, f"Measuring the field ({name})"):
+        for t in show(times, f"Measuring the field ({name})", len(times)):
             noise = get_coupling(name)(x0, torch.randn_like(x0))
             sample = model.model.path.sample(x0, noise, torch.full((len(x0),), t, device=x0.device))
             with torch.no_grad():

@@ -7,48 +7,15 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from matplotlib.figure import Figure
 
 Section = tuple[str, Figure, str, str]
 """File name of the figure, the figure, its title and its explanation."""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; margin-bottom: .3rem; }}
-h2 {{ font-size: 1.2rem; margin: 2.2rem 0 .3rem; }}
-p {{ max-width: 46rem; }}
-img {{ max-width: 100%; height: auto; }}
-details {{ margin-top: 2rem; }}
-pre {{ font-size: .8rem; overflow-x: auto; background: #f5f5f5; padding: .8rem; }}
-@media print {{ section {{ break-inside: avoid; }} details {{ display: none; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{summary}</p>
-{sections}
-<details><summary>Settings</summary><pre>{settings}</pre></details>
-<p><small>Made by <code>anomalib-wtflow diagnose</code>. The numbers behind the figures are in <code>numbers.json</code>
-beside this page.</small></p>
-</body>
-</html>
-"""
-
-SECTION = """<section>
-<h2>{title}</h2>
-<p>{text}</p>
-<img alt="{title}" src="data:image/png;base64,{data}">
-</section>"""
 
 
 def make_folder(output: Path) -> None:
@@ -77,7 +44,47 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def write_report(output: Path, title: str, summary: str, sections: Sequence[Section], numbers: dict[str, Any]) -> Path:
+def part_of_page(name: str) -> str:
+    """Read a file of the folder ``page``."""
+    return (files("anomalib_wtflow.diagnosis") / "page" / name).read_text(encoding="utf-8")
+
+
+def embedded(data: bytes, kind: str) -> str:
+    """Return a picture as the address of an ``img``."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def image_of(output: Path, name: str, figure: Figure, alt: str) -> str:
+    """Write ``<name>.png``, and return an ``img`` that holds the same."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A kind may have a name with letters that matplotlib's font lacks; they are drawn as boxes.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    (output / f"{name}.png").write_bytes(buffer.getvalue())
+    return f'<img alt="{escape(alt)}" src="{embedded(buffer.getvalue(), "png")}">'
+
+
+def section_of(output: Path, section: Section) -> str:
+    """Write a figure, and return its section of the page."""
+    name, figure, title, words = section
+    image = image_of(output, name, figure, f"Figure: {title}")
+    return f"<section>\n<h2>{escape(title)}</h2>\n<p>{escape(words)}</p>\n{image}\n</section>"
+
+
+def folded(title: str, body: str) -> str:
+    """Return a part of the page that opens at a click."""
+    return f"<details><summary>{escape(title)}</summary>\n{body}\n</details>"
+
+
+def write_report(
+    output: Path,
+    title: str,
+    summary: str,
+    sections: Sequence[Section],
+    numbers: dict[str, Any],
+    front: str = "",
+) -> Path:
     """Write ``<name>.png`` for each figure, ``numbers.json`` and ``index.html``, which holds the figures itself.
 
     Args:
@@ -86,6 +93,7 @@ def write_report(output: Path, title: str, summary: str, sections: Sequence[Sect
         summary: A sentence or two below it.
         sections: Figures with their titles and explanations, in order.
         numbers: What the figures were drawn from.
+        front: HTML that comes before the sections, which are then folded away.
 
     Returns:
         Path of the page.
@@ -95,21 +103,16 @@ def write_report(output: Path, title: str, summary: str, sections: Sequence[Sect
     """
     text = json.dumps(_rounded(numbers), allow_nan=False)
     make_folder(output)
-    parts = []
-    for name, figure, heading, words in sections:
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            # A file name may hold letters that matplotlib's font lacks; they are drawn as boxes.
-            warnings.filterwarnings("ignore", message=r"Glyph \d+")
-            figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        (output / f"{name}.png").write_bytes(buffer.getvalue())
-        data = base64.b64encode(buffer.getvalue()).decode()
-        parts.append(SECTION.format(title=escape(heading), text=escape(words), data=data))
+    inside = "\n".join(section_of(output, section) for section in sections)
     (output / "numbers.json").write_text(text + "\n", encoding="utf-8")
-    settings = escape(json.dumps(numbers.get("settings", {}), indent=1))
     page = output / "index.html"
-    page.write_text(
-        PAGE.format(title=escape(title), summary=escape(summary), sections="\n".join(parts), settings=settings),
-        encoding="utf-8",
+    html = Template(part_of_page("page.html")).substitute(
+        title=escape(title),
+        summary=escape(summary),
+        body=f"{front}\n{folded('How it works inside', inside)}" if front else inside,
+        settings=escape(json.dumps(numbers.get("settings", {}), indent=1)),
+        style=part_of_page("page.css"),
+        script=part_of_page("page.js"),
     )
+    page.write_text(html, encoding="utf-8")
     return page

@@ -1,15 +1,17 @@
 """Numbers of the scores: thresholds, errors, AUROCs, histograms; log-density in the place of the proxy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from anomalib_wtflow.diagnosis.certainty import auroc_interval, mean_interval, placements, share_interval
 from anomalib_wtflow.diagnosis.progress import Progress
-from anomalib_wtflow.diagnosis.scoring import ScoredImage
+from anomalib_wtflow.diagnosis.scoring import WRONG, ScoredImage
+from anomalib_wtflow.diagnosis.trust_numbers import comparison, number, promise_numbers, promise_of
 from anomalib_wtflow.flow.solver import Solver
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.theory.log_density import log_density as log_density_along_flow
@@ -19,15 +21,10 @@ DivergenceChoice = Literal["exact", "hutchinson"]
 LOG_DENSITY_SOLVER = Solver("rk4", 8)
 
 
-def _number(value: Tensor | float | None) -> float | None:
-    number = float("nan") if value is None else float(value)
-    return number if number == number else None
-
-
 def thresholds_of(model: WTFlow, place: int) -> list[float | None]:
     """Return a product's thresholds, of images and of pixels; None where the model has none."""
     rows = [getattr(model.post_processor, name, None) for name in ("image_threshold", "pixel_threshold")]
-    return [None if row is None else _number(row[place]) for row in rows]
+    return [None if row is None else number(row[place]) for row in rows]
 
 
 def by_product(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, list[ScoredImage]]:
@@ -39,82 +36,129 @@ def by_product(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, list[S
     return {name: group for name, group in groups.items() if group}
 
 
-def all_numbers(model: WTFlow, images: Sequence[ScoredImage]) -> dict[str, Any]:
+def all_numbers(
+    model: WTFlow, images: Sequence[ScoredImage], controls: Iterable[tuple[str, list[ScoredImage]]]
+) -> dict[str, Any]:
     """Numbers of all scores and, of several products, those of each.
 
     Scores of several products are comparable in units of their own thresholds; AUROCs of all are the products' mean.
+
+    Args:
+        model: The trained model.
+        images: The test images.
+        controls: By name, the same images with the scores and maps of a control without a flow.
     """
-    if len(model.product_names) == 1:
-        return {"scores": score_numbers(model, images, thresholds_of(model, 0))}
     places = {name: place for place, name in enumerate(model.product_names)}
-    groups = by_product(model, images)
-    products = {name: score_numbers(model, group, thresholds_of(model, places[name])) for name, group in groups.items()}
-    units = {place: [value or 1.0 for value in thresholds_of(model, place)] for place in places.values()}
+    without: dict[str, dict[str, Any]] = {name: {} for name in places}
+    for control, scored in controls:
+        for name, group in by_product(model, scored).items():
+            without[name][control] = separation(group)
+    products = {}
+    for name, group in by_product(model, images).items():
+        own = products[name] = score_numbers(group, thresholds_of(model, places[name]))
+        own.update(promise_numbers([(own, promise_of(model, places[name]))]))
+        own["controls"] = without[name]
+        own.update(comparison([own]))
+        own["unknown"] = sum(image.recognised != name for image in group)
+    if len(places) == 1:
+        return {"scores": next(iter(products.values()))}
+    return {"scores": _of_all(model, images, products), "products": products}
+
+
+def _of_all(model: WTFlow, images: Sequence[ScoredImage], products: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of all products: scores in units of thresholds, means of AUROCs, sums of errors."""
+    units = [[value or 1.0 for value in thresholds_of(model, place)] for place in range(len(model.product_names))]
     scaled = [
         image._replace(score=image.score / image_unit, anomaly_map=image.anomaly_map / pixel_unit)
         for image in images
         for image_unit, pixel_unit in [units[int(image.product)]]
     ]
-    known = [value is not None for value in thresholds_of(model, 0)]
-    whole = score_numbers(model, scaled, [1.0 if each else None for each in known])
-    for name in ("image_auroc", "pixel_auroc", "image_auroc_no_flow", "pixel_auroc_no_flow"):
-        values = [numbers[name] for numbers in products.values() if numbers[name] is not None]
+    whole = score_numbers(scaled, [None if value is None else 1.0 for value in thresholds_of(model, 0)])
+    rows = list(products.values())
+    for name in ("image_auroc", "pixel_auroc"):
+        values = [own[name] for own in rows if own[name] is not None]
         whole[name] = sum(values) / len(values) if values else None
-    for name, numbers in products.items():
-        numbers["unknown"] = sum(image.recognised != name for image in groups[name])
-    return {"scores": whole, "products": products}
+    intervals = [(own["image_auroc"], own["image_auroc_interval"]) for own in rows if own["image_auroc"] is not None]
+    whole["image_auroc_interval"] = mean_interval(*zip(*intervals, strict=True)) if intervals else None
+    pairs = [(own, promise_of(model, model.product_names.index(name))) for name, own in products.items()]
+    whole.update(promise_numbers(pairs))
+    whole["unknown"] = sum(own["unknown"] for own in rows)
+    whole.update(comparison(rows))
+    return whole
 
 
-def score_numbers(model: WTFlow, images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> dict[str, Any]:
+def separation(images: Sequence[ScoredImage]) -> dict[str, Any]:
+    """Raw scores by kind, and AUROCs of images and pixels; None where there are not both kinds."""
+    scores = _by_kind(images)
+    pixels = _pixels_by_kind(images)
+    both = [{"normal", "anomalous"} <= values.keys() for values in (scores, pixels)]
+    return {
+        "image_scores": scores,
+        "image_auroc": float(placements(scores["normal"], scores["anomalous"]).mean()) if both[0] else None,
+        "pixel_auroc": auroc(pixels["normal"], pixels["anomalous"]) if both[1] else None,
+    }
+
+
+def _by_kind(images: Sequence[ScoredImage]) -> dict[str, list[float]]:
+    """Scores of the images of each kind that is there."""
+    scores: dict[str, list[float]] = {}
+    for kind in ("normal", "anomalous", "unlabelled"):
+        values = [image.score for image in images if image.kind == kind]
+        if values:
+            scores[kind] = values
+    return scores
+
+
+def _pixels_by_kind(images: Sequence[ScoredImage]) -> dict[str, Tensor]:
+    """Map values of the pixels of each kind that is there; those of defective images without masks are left out."""
+    pixels = {"normal": [image.anomaly_map[~image.mask] for image in images if image.mask is not None]}
+    pixels["anomalous"] = [i.anomaly_map[i.mask] for i in images if i.kind == "anomalous" and i.mask is not None]
+    pixels["unlabelled"] = [image.anomaly_map.flatten() for image in images if image.kind == "unlabelled"]
+    return {kind: torch.cat(parts) for kind, parts in pixels.items() if parts}
+
+
+def score_numbers(images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> dict[str, Any]:
     """Raw scores, thresholds, errors at them, AUROCs, and histograms of the density proxy of images and pixels."""
-    kinds = {kind: [image for image in images if image.kind == kind] for kind in ("normal", "anomalous", "unlabelled")}
     result: dict[str, Any] = {
         "threshold": thresholds[0],
         "pixel_threshold": thresholds[1],
-        "images": {kind: len(members) for kind, members in kinds.items() if members},
-        "false_alarms": sum(bool(image.called) for image in kinds["normal"]) if thresholds[0] is not None else None,
-        "misses": sum(image.called is False for image in kinds["anomalous"]) if thresholds[0] is not None else None,
-        "image_scores": {kind: [image.score for image in members] for kind, members in kinds.items() if members},
+        "images": {kind: len(values) for kind, values in _by_kind(images).items()},
+        "kinds": _called(images),
+        **separation(images),
     }
-    pixels = {"normal": [image.anomaly_map[~image.mask] for image in images if image.mask is not None]}
-    pixels["anomalous"] = [image.anomaly_map[image.mask] for image in kinds["anomalous"] if image.mask is not None]
-    pixels["unlabelled"] = [image.anomaly_map.flatten() for image in kinds["unlabelled"]]
-    joined = {kind: torch.cat(parts) for kind, parts in pixels.items() if parts}
-    scores = {kind: torch.tensor(values) for kind, values in result["image_scores"].items()}
-    without_flow = _without_flow(model, images)
-    for (name, values), control in zip((("image", scores), ("pixel", joined)), without_flow, strict=True):
-        both = "normal" in values and "anomalous" in values
-        result[f"{name}_auroc"] = auroc(values["normal"], values["anomalous"]) if both else None
-        result[f"{name}_auroc_no_flow"] = auroc(control["normal"], control["anomalous"]) if both else None
-        if not values:  # defective images without masks, and no good ones: no pixel has a known kind
-            result[f"{name}_histogram"] = None
-            continue
-        low = min(float(value.min()) for value in values.values())
-        high = max(float(value.max()) for value in values.values())
-        edges = torch.logspace(math.log10(max(low, 1e-6) * 0.999), math.log10(max(high, 1e-5) * 1.001), 41)
-        counts = {kind: torch.histogram(value.clamp(min=edges[0]), edges).hist for kind, value in values.items()}
-        result[f"{name}_histogram"] = {
-            "edges": edges.tolist(),
-            **{kind: (count / count.sum()).tolist() for kind, count in counts.items()},
-        }
+    counts = {verdict: sum(image.verdict == verdict for image in images) for verdict in WRONG}
+    known = thresholds[0] is not None
+    result["misses"], result["false_alarms"] = (counts[verdict] if known else None for verdict in WRONG)
+    good, bad = (result["images"].get(kind, 0) for kind in ("normal", "anomalous"))
+    result["miss_interval"] = share_interval(counts["missed"], bad) if known and bad else None
+    result["image_auroc_interval"] = auroc_interval(result["image_auroc"], good, bad) if good and bad else None
+    scores = result["image_scores"]
+    result["false_alarms_to_find_all"] = (
+        sum(score >= min(scores["anomalous"]) for score in scores["normal"]) if good and bad else None
+    )
+    result["image_histogram"] = _histogram({kind: torch.tensor(values) for kind, values in scores.items()})
+    result["pixel_histogram"] = _histogram(_pixels_by_kind(images))
     return result
 
 
-def _without_flow(model: WTFlow, images: Sequence[ScoredImage]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The control: scores of images and of pixels by kind from the density proxy of the features, ``y = x0``."""
-    generator = model.model.anomaly_map_generator.without_limit()
-    scores: dict[str, list[Tensor]] = {}
-    pixels: dict[str, list[Tensor]] = {}
-    for image in images:
-        log_density = model.model.log_density(image.x0[None].to(model.device))
-        result = generator(log_density, image.anomaly_map.shape, image.product.to(model.device))
-        anomaly_map, score = (values.cpu() for values in result)
-        scores.setdefault(image.kind, []).append(score)
-        if image.mask is not None:
-            pixels.setdefault("normal", []).append(anomaly_map[0, 0][~image.mask])
-            pixels.setdefault("anomalous", []).append(anomaly_map[0, 0][image.mask])
-    joined = [{kind: torch.cat(parts) for kind, parts in kinds.items()} for kinds in (scores, pixels)]
-    return joined[0], joined[1]
+def _called(images: Sequence[ScoredImage]) -> dict[str, dict[str, int]]:
+    """Images of each kind, good ones first, and how many of them are called anomalous."""
+    kinds = sorted({image.shown_kind for image in images}, key=lambda kind: (kind != "good", kind))
+    members = {kind: [image for image in images if image.shown_kind == kind] for kind in kinds}
+    return {
+        kind: {"images": len(group), "called": sum(bool(image.called) for image in group)}
+        for kind, group in members.items()
+    }
+
+
+def _histogram(values: dict[str, Tensor]) -> dict[str, list[float]] | None:
+    if not values:  # defective images without masks, and no good ones: no pixel has a known kind
+        return None
+    low = min(float(value.min()) for value in values.values())
+    high = max(float(value.max()) for value in values.values())
+    edges = torch.logspace(math.log10(max(low, 1e-6) * 0.999), math.log10(max(high, 1e-5) * 1.001), 41)
+    counts = {kind: torch.histogram(value.clamp(min=edges[0]), edges).hist for kind, value in values.items()}
+    return {"edges": edges.tolist(), **{kind: (count / count.sum()).tolist() for kind, count in counts.items()}}
 
 
 def log_density_numbers(

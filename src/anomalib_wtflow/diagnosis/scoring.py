@@ -1,6 +1,8 @@
 """The test images, and what the model makes of them."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,16 @@ from anomalib_wtflow.diagnosis.progress import Progress
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.training.image_check import raise_for_unreadable
 
+TINY = 1e-9
+WRONG = ("missed", "false alarm")
+VERDICTS = (*WRONG, "found", "passed", "called anomalous", "called good", "no threshold")
+"""Verdicts on images; of labelled ones, of unlabelled ones, and where there is no threshold."""
+
 
 class ScoredImage(NamedTuple):
-    """A test image and what the model made of it; maps and masks are ``(H, W)``, features ``(C, h, w)``.
+    """A test image and what the model made of it; maps and masks are ``(H, W)``.
+
+    ``features`` and ``x0``, the normalised ones, are ``(C, h, w)``.
 
     ``product`` is the place of the product whose normalisation and thresholds hold, ``(1,)``, and ``recognised`` its
     name, or ``unknown product``.
@@ -28,6 +37,7 @@ class ScoredImage(NamedTuple):
     anomaly_map: Tensor
     called: bool | None
     called_mask: Tensor | None
+    features: Tensor
     x0: Tensor
     product: Tensor
     recognised: str
@@ -36,6 +46,22 @@ class ScoredImage(NamedTuple):
     def kind(self) -> str:
         """``normal``, ``anomalous`` or ``unlabelled``."""
         return "unlabelled" if self.anomalous is None else "anomalous" if self.anomalous else "normal"
+
+    @property
+    def shown_kind(self) -> str:
+        """``good``, the folder of a defective image, or ``unlabelled``."""
+        return {"normal": "good", "unlabelled": "unlabelled"}.get(self.kind, Path(self.path).parent.name)
+
+    @property
+    def verdict(self) -> str:
+        """One of :data:`VERDICTS`."""
+        if self.called is None:
+            return "no threshold"
+        if self.anomalous is None:
+            return "called anomalous" if self.called else "called good"
+        return {(False, True): "false alarm", (True, False): "missed", (True, True): "found"}.get(
+            (self.anomalous, self.called), "passed"
+        )
 
 
 def items(data: Any, indices: Iterable[int]) -> Iterator[Any]:
@@ -84,6 +110,7 @@ def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredIma
             anomaly_map=raw.anomaly_map[0, 0].cpu(),
             called=None if verdict.pred_label is None else bool(verdict.pred_label),
             called_mask=None if verdict.pred_mask is None else verdict.pred_mask[0, 0].bool().cpu(),
+            features=features[0].cpu(),
             x0=x0[0].cpu(),
             product=product.cpu(),
             recognised=model.recognised(raw)[0],
@@ -96,12 +123,29 @@ def spread(items: Sequence, count: int) -> list:
     return [items[int(k * step)] for k in range(min(count, len(items)))]
 
 
-def worst_first(images: list[ScoredImage]) -> list[ScoredImage]:
-    """False alarms (highest score first) and misses (lowest first) in turn, then the rest, highest scores first."""
-    false_alarms = sorted((i for i in images if i.anomalous is False and i.called), key=lambda i: -i.score)
-    misses = sorted((i for i in images if i.anomalous and i.called is False), key=lambda i: i.score)
-    wrong = [image for pair in zip(false_alarms, misses, strict=False) for image in pair]
-    shared = len(wrong) // 2
-    wrong += false_alarms[shared:] + misses[shared:]
-    chosen = {image.path for image in wrong}
-    return wrong + sorted((i for i in images if i.path not in chosen), key=lambda i: -i.score)
+def informative_first(images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> list[ScoredImage]:
+    """Wrong verdicts first, the worst of each product and kind in turn; then the others, the closest calls in turn.
+
+    Defective before good ones. Where there is no truth or no threshold, the highest scores come first.
+
+    Args:
+        images: The images.
+        thresholds: Of each product.
+    """
+
+    def distance(image: ScoredImage) -> float:
+        threshold = thresholds[int(image.product)]
+        if threshold is None or image.anomalous is None:
+            return -image.score
+        return abs(math.log(max(image.score, TINY) / max(threshold, TINY)))
+
+    groups: dict[tuple[bool, int, str], list[ScoredImage]] = {}
+    for image in images:
+        right = image.verdict not in WRONG
+        groups.setdefault((right, int(image.product), image.shown_kind), []).append(image)
+    ranked = []
+    for (right, product, kind), members in groups.items():
+        # A wrong verdict is the worse, and a right one the safer, the farther the score is from the threshold.
+        members.sort(key=distance, reverse=not right)
+        ranked += [((right, rank, kind == "good", kind, product), image) for rank, image in enumerate(members)]
+    return [image for _, image in sorted(ranked, key=lambda each: each[0])]

@@ -12,6 +12,8 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "anomalous": (ORANGE, "--", "^"),
     "unlabelled": (GREY, "-.", "s"),
 }
+SHOWN = {"normal": "good", "anomalous": "defective", "unlabelled": "unlabelled"}
+"""Kinds as inspectors call them."""
 COUPLING_STYLES: dict[str, tuple[str, str, str]] = {
     "independent": (GREY, ":", "o"),
     "optimal": (GREEN, "-.", "s"),

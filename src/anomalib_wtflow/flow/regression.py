@@ -1,11 +1,10 @@
 """Regression of a vector field on a probability path, in plain torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Generator, Tensor, nn, optim
 
 from anomalib_wtflow.flow.coupling import Coupling
@@ -54,7 +53,7 @@ def fit_field(
     batch_size: int = 32,
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-2,
-    description: str | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     sampling: Callable[[Tensor], Tensor] | None = None,
     condition: Tensor | None = None,
 ) -> nn.Module:
@@ -71,7 +70,7 @@ def fit_field(
         batch_size: Samples a step.
         learning_rate: Peak learning rate.
         weight_decay: Weight decay.
-        description: Title of the progress bar; None for no bar.
+        progress: Shows how far the steps are.
         sampling: Draws the positions that a pointwise field sees in a step; None for all.
         condition: What the field is told of each sample, ``(M, K)``; None for nothing.
 
@@ -81,7 +80,7 @@ def fit_field(
     optimizer = optim.AdamW(field.parameters(), lr=learning_rate, weight_decay=weight_decay)
     scheduler = optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     field.train()
-    for _ in track(range(steps), description=description or "", transient=True, disable=description is None):
+    for _ in progress(range(steps)):
         drawn = torch.randint(len(x0), (batch_size,), device=x0.device)
         batch = x0[drawn]
         optimizer.zero_grad()

@@ -1,0 +1,62 @@
+"""Pictures of the gallery: what is drawn where, and how much of it a page bears."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn import SIDE, model_of, scored, write_images
+from PIL import Image
+
+from anomalib_wtflow.diagnosis import gallery
+
+
+def test_rows_say_what_the_model_made_of_an_image() -> None:
+    image = scored("/somewhere/test/scratch/007.png", True, 0.7, product=1)
+    assert gallery.rows(model_of([1.0, 1.0], ["disc", "plate"]), [image]) == [
+        {
+            "file": "scratch/007.png",
+            "kind": "scratch",
+            "product": "plate",
+            "recognised": "plate",
+            "verdict": "missed",
+            "score": 0.7,
+            "threshold": 1.0,
+        }
+    ]
+
+
+def test_pictures_keep_their_proportions(tmp_path: Path) -> None:
+    (image,) = write_images(tmp_path, [("scratch", 3.0, 0)])
+    for size, expected in (((1200, 600), (480, 240)), ((96, 128), (180, 240)), ((300, 200), (300, 200))):
+        Image.new("RGB", size, (10, 20, 200)).save(image.path)
+        (entry,) = gallery.entries(model_of([1.0]), [(image, {})])
+        for data in (entry.picture, entry.heat):
+            with Image.open(io.BytesIO(data)) as opened:
+                assert opened.size == expected
+        with Image.open(io.BytesIO(entry.picture)) as opened:
+            assert np.asarray(opened)[5, 5].tolist() == pytest.approx([10, 20, 200], abs=6)
+
+
+def test_the_map_is_bright_under_the_defect_and_outlined() -> None:
+    image = scored("scratch/0.png", True, 3.0)
+    picture = Image.new("RGB", (4 * SIDE, 4 * SIDE))
+    drawn = np.asarray(gallery.heat_map(image, picture, 1.0)).astype(int)
+    inside, outside = drawn[4 * 24, 4 * 32], drawn[4 * 50, 4 * 32]
+    assert inside.sum() > outside.sum() + 200
+    assert tuple(drawn[4 * 16 + 1, 4 * 32]) == gallery.CALLED  # at the upper edge of the square
+    only_marked = image._replace(called_mask=torch.zeros(SIDE, SIDE, dtype=torch.bool))
+    drawn = np.asarray(gallery.heat_map(only_marked, picture, 1.0))
+    assert tuple(drawn[4 * 16 + 1, 4 * 32]) == gallery.MARKED
+    assert tuple(drawn[4 * 24, 4 * 32]) != gallery.MARKED
+
+
+def test_a_page_bears_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn until their bytes are used up, in order."""
+    images = write_images(tmp_path, [("good", 0.5, 0)] * 5)
+    told = [(image, {"place": place}) for place, image in enumerate(images)]
+    sizes = [len(entry.picture) + len(entry.heat) for entry in gallery.entries(model_of([1.0]), told)]
+    assert len(sizes) == 5
+    monkeypatch.setattr(gallery, "BYTES", sum(sizes[:3]))
+    assert [entry.row["place"] for entry in gallery.entries(model_of([1.0]), told)] == [0, 1, 2]
