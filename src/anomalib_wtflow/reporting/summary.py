@@ -62,12 +62,13 @@ def show(summary: Summary, path: Path, console: Console | None = None) -> None:
     """Print the sentences, the highest scores and where the files are; in plain lines where that is no terminal."""
     console = console or Console(highlight=False, markup=False, emoji=False)
     files = f"Every verdict: {path} and {path.with_suffix('.json').name}"
+    names = [name for name in TITLES if any(row.get(name) for row in summary.highest)]
     if not console.is_terminal:
-        rows = ["  ".join(text(row.get(name)) for name in (*TITLES, "image_path")) for row in summary.highest]
-        console.file.write("\n".join([*sentences(summary), "Highest scores:", *rows, files]) + "\n")
+        rows = ["  ".join(text(row.get(name)) for name in (*names, "image_path")) for row in summary.highest]
+        head = f"Highest scores ({', '.join([*(TITLES[name] for name in names), 'image'])}):"
+        console.file.write("\n".join([*sentences(summary), head, *rows, files]) + "\n")
         return
     console.print("\n".join(sentences(summary)))
-    names = [name for name in TITLES if any(row.get(name) for row in summary.highest)]
     table = Table(*(TITLES[name] for name in names), title="Highest scores", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("image", overflow="fold")
     for row in summary.highest:

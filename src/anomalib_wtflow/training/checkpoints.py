@@ -18,6 +18,7 @@ class Checkpoints:
     """Mixin: a checkpoint says what it is of, holds each threshold once, and refuses other models."""
 
     settings: Settings
+    model: Any
     post_processor: nn.Module | None
     product_names: Sequence[str]
     trained_steps: int = 0
@@ -48,6 +49,7 @@ class Checkpoints:
         """
         resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, resuming)
+        self._check_field(checkpoint)
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
@@ -55,6 +57,16 @@ class Checkpoints:
         self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
         self._forget_copy(checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def _check_field(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the field of a version whose widths were others, which no setting says."""
+        theirs, field = checkpoint.get("state_dict", {}), self.model.field.state_dict(prefix="model.field.")
+        if any(theirs[name].shape != value.shape for name, value in field.items() if name in theirs):
+            version = checkpoint[checkpoint_rules.KEY].get("version")
+            msg = (
+                f"The checkpoint's field has other widths, so an earlier version ({version}) wrote it: train it again."
+            )
+            raise ValueError(msg)
 
     def _forget_copy(self, checkpoint: dict[str, Any]) -> None:
         """Drop the thresholds' copy: a post-processor is a callback too, whose state Lightning writes and restores."""
