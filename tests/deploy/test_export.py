@@ -345,6 +345,15 @@ def test_int8_has_thresholds_of_its_own(trained: SimpleNamespace, tmp_path: Path
     assert threshold != float(trained.model.post_processor.image_threshold)
 
 
+def test_int8_refuses_other_images_than_the_thresholds_come_from(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """As after ``calibrate``, whose thresholds the export would otherwise undo."""
+    model = WTFlow.load_from_checkpoint(trained.checkpoint).eval()
+    model.post_processor.calibrate(torch.rand(10) + 1, torch.rand(10) + 1)
+    with pytest.raises(ValueError, match="The thresholds come from 10 other images than the 10 that this data has"):
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8, datamodule=trained.parts)
+    assert float(model.post_processor.image_threshold) < 3  # no placeholder is left behind
+
+
 def test_int8_of_weights_without_data_keeps_the_thresholds_and_says_so(
     trained: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -352,6 +361,7 @@ def test_int8_of_weights_without_data_keeps_the_thresholds_and_says_so(
         path = trained.model.to_openvino(tmp_path, compression_type=CompressionType.INT8)
     said = metadata(path)
     assert json.loads(said["threshold"])[0] == pytest.approx(float(trained.model.post_processor.image_threshold))
+    assert "promised_false_alarm_rate" not in said
     batch = as_batch([Path(trained.parts.root) / "test/good/001.png"])
     import openvino
 

@@ -14,7 +14,7 @@ from scipy.stats import binom, mannwhitneyu
 
 from anomalib_wtflow import SyntheticParts, WTFlow, WTFlowPostProcessor, calibrate
 from anomalib_wtflow.cli.main import main
-from anomalib_wtflow.operation.calibrate import ALPHA, Scores, moved
+from anomalib_wtflow.operation.calibrate import ALPHA, Scores, enough, moved
 from conftest import quiet_engine
 
 CHANGED = 1.4
@@ -169,9 +169,24 @@ def test_the_command(
 
 
 def test_folders_with_defects_are_not_taken_for_good(tmp_path: Path, trained: SimpleNamespace) -> None:
-    (tmp_path / "test" / "scratch").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no 'test/good': give the folder of the good images themselves"):
-        calibrate(trained.checkpoint, tmp_path, tmp_path / "x.ckpt")
+    (tmp_path / "plant" / "bolt" / "test" / "scratch").mkdir(parents=True)
+    (tmp_path / "plant" / "bolt" / "test" / "good").mkdir(parents=True)
+    for data in (tmp_path / "plant", tmp_path / "plant" / "bolt" / "test"):
+        with pytest.raises(ValueError, match="holds more than good images"):
+            calibrate(trained.checkpoint, data, tmp_path / "x.ckpt")
+
+
+def test_a_few_images_that_look_like_another_product_do_not_move_its_threshold() -> None:
+    """Of two products with 30 old images each, one new image of the second at rate 0.1, which needs 9."""
+    post = WTFlowPostProcessor(0.1)
+    old = Scores(torch.rand(60), torch.rand(60), torch.arange(60) % 2)
+    product = torch.tensor([0] * 9 + [1])
+    kept = enough(Scores(torch.arange(10.0), torch.arange(10.0), product), old, 2, post)
+    assert kept.scores.tolist() == list(range(9))
+    one = Scores(torch.arange(2.0), torch.arange(2.0), torch.zeros(2, dtype=torch.int64))
+    assert enough(one, old, 1, post).scores.tolist() == [0, 1]  # of one product the rate that holds is said
+    with pytest.raises(ValueError, match="The 2 good images are too few of each product: the rate needs 9 of one"):
+        enough(one, old, 2, post)
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

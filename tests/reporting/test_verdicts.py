@@ -178,7 +178,7 @@ def test_a_file_of_many_rows_is_summed_up_like_the_ten_highest(tmp_path: Path) -
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_is_printed(terminal: bool, tmp_path: Path) -> None:
     row = {"image_path": "parts/[red]a.png", "pred_score": 0.75, "pred_label": "anomalous", "gt_label": None}
-    summary = Summary(images=2, good=1, anomalous=1, scores=[0.25, 0.5, 0.75], highest=[row])
+    summary = Summary(images=2, judged=2, good=1, anomalous=1, scores=[0.25, 0.5, 0.75], highest=[row])
     out = io.StringIO()
     show(
         summary,
@@ -192,6 +192,7 @@ def test_what_is_printed(terminal: bool, tmp_path: Path) -> None:
 
 
 def test_a_promise_needs_good_and_defective_images() -> None:
-    assert not any("AUROC" in line for line in sentences(Summary(images=2, truly_good=1, truly_anomalous=1)))
-    assert any("no good images" in line for line in sentences(Summary(images=1, truly_anomalous=1)))
-    assert not any("AUROC" in line for line in sentences(Summary(images=1)))
+    assert not any("AUROC" in line for line in sentences(Summary(images=2, judged=2, truly_good=1, truly_anomalous=1)))
+    assert any("no good images" in line for line in sentences(Summary(images=1, judged=1, truly_anomalous=1)))
+    assert not any("AUROC" in line for line in sentences(Summary(images=1, judged=1)))
+    assert sentences(Summary(images=3)) == ["3 images without verdicts: the model has no threshold."]

@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,7 +16,6 @@ from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
 from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
 from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
 from anomalib_wtflow.flow.solver import not_exportable
-from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.training.calibration import Chosen, choose
 
@@ -35,6 +35,8 @@ class Exports:
     """
 
     model: Any
+    pre_processor: Any
+    device: torch.device
     settings: Settings
     post_processor: Any
     product_names: Sequence[str]
@@ -59,7 +61,7 @@ class Exports:
         self._check_exportable()
         # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
         path = super().to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})  # type: ignore[misc]
-        write_onnx(path, describe(self, self.post_processor, "FP32"))
+        write_onnx(path, describe(self, self.post_processor, "FP32", promised=True))
         return path
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
@@ -72,14 +74,17 @@ class Exports:
             ValueError: If the solver is adaptive, and so does not export, or INT8_PTQ is given no data module.
         """
         parent: Any = super()
-        compression = signature(parent.to_openvino).bind(*args, **kwargs).arguments.get("compression_type")
-        conformal = getattr(self.post_processor, "false_alarm_rate", None) is not None
+        given = signature(parent.to_openvino).bind(*args, **kwargs).arguments
+        compression, data = given.get("compression_type"), given.get("datamodule")
         self._thresholds_of = (copy.deepcopy(self.post_processor),)
         try:
-            with placed(self.post_processor) if conformal and compression in CALIBRATED else nullcontext():
+            with placed(self.post_processor) if self._calibrates(compression) else nullcontext():
                 path = parent.to_openvino(*args, **kwargs)
+            promised = compression in (None, CompressionType.FP16) or (
+                self._calibrates(compression) and data is not None
+            )
             precision = "FP32" if compression is None else CompressionType(compression).name
-            write_openvino(path, describe(self, *self._thresholds_of, precision))
+            write_openvino(path, describe(self, *self._thresholds_of, precision, promised))
         finally:
             self._thresholds_of = ()
         keep_precise(path, count_convolutions(self.model.feature_extractor))
@@ -92,11 +97,7 @@ class Exports:
         parent: Any = super()
         result = parent._compress_ov_model(model, compression_type, datamodule, *args, **kwargs)
         (post,) = self._thresholds_of or (None,)
-        if (
-            compression_type not in CALIBRATED
-            or not isinstance(post, WTFlowPostProcessor)
-            or post.false_alarm_rate is None
-        ):
+        if post is None or not self._calibrates(compression_type):
             return result
         thresholds = GraphThresholds(result, len(self.product_names))
         if datamodule is None:
@@ -106,6 +107,7 @@ class Exports:
             )
         else:
             data = self._chosen(datamodule).data
+            self._raise_for_others(data, post)
             scores = thresholds.scores(data[index].image[None].numpy() for index in range(len(data)))
             post.calibrate(*scores, count=len(self.product_names))
         for name in NAMES:
@@ -128,6 +130,30 @@ class Exports:
         chosen = [places[int(k * step)] for k in range(min(RANGE_IMAGES, len(places)))]
         images = [data[place].image[None].numpy() for place in chosen]
         return quantize(model, images, count_convolutions(self.model.feature_extractor))
+
+    def _calibrates(self, compression: Any) -> bool:
+        """Whether thresholds are set again: of quantised graphs, whose scores are normalised around a threshold."""
+        post = self.post_processor
+        plain = getattr(post, "enable_normalization", False) and getattr(post, "enable_thresholding", False)
+        plain = plain and post.image_sensitivity == post.pixel_sensitivity == 0.5
+        return compression in CALIBRATED and plain and getattr(post, "false_alarm_rate", None) is not None
+
+    @torch.no_grad()
+    def _raise_for_others(self, data: Any, post: Any) -> None:
+        """Refuse images that the model's thresholds do not come from: by their scores in f32."""
+        transform: Any = getattr(self.pre_processor, "transform", None) or torch.nn.Identity()
+        scores = []
+        for index in range(len(data)):
+            outputs = self.model(transform(data[index].image)[None].to(self.device))
+            scores.append(float(outputs.pred_score.masked_fill(outputs.strangeness > 1, torch.inf)))
+        ours, theirs = torch.tensor(scores).sort().values, post.calibration_scores.cpu().sort().values
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
+            msg = (
+                f"The thresholds come from {len(theirs)} other images than the {len(ours)} that this data has for them,"
+                " so the rate of a quantised export is not known: give --data as in the training, with its seed, or "
+                "export a model whose thresholds were moved in FP32 or FP16."
+            )
+            raise ValueError(msg)
 
     def _chosen(self, datamodule: AnomalibDataModule) -> Chosen:
         """Find the images that the threshold of a training with this data comes from."""

@@ -13,21 +13,23 @@ SECTION = "anomalib_wtflow"
 """Section of OpenVINO's ``rt_info``, and beginning of the names of ONNX's properties, ``anomalib_wtflow.threshold``."""
 
 
-def describe(model: Any, post: Any, precision: str) -> dict[str, str]:
+def describe(model: Any, post: Any, precision: str, promised: bool) -> dict[str, str]:
     """Say which model it is and what its threshold promises; what has a value for each product is a JSON list.
 
-    Thresholds are of raw scores: a normalised score is above 0.5 where the raw one is above its threshold.
+    Thresholds are of raw scores: a normalised score is above 0.5 where the raw one is above its threshold. A rate is
+    promised where the thresholds were set in the export's own precision.
     """
     settings, said = model.settings, {"model": type(model).__name__, "version": __version__, "precision": precision}
     said |= {"backbone": settings.backbone, "layers": json.dumps(settings.layers)}
     if isinstance(post, WTFlowPostProcessor) and post.false_alarm_rate is not None:
         said |= {
             "false_alarm_rate": f"{post.false_alarm_rate:g}",
-            "promised_false_alarm_rate": _numbers(post.effective_false_alarm_rate.tolist()),
             "threshold": _numbers(post.image_threshold.tolist()),
             "pixel_threshold": _numbers(post.pixel_threshold.tolist()),
             "calibration_images": json.dumps(post.calibration_images.tolist()),
         }
+        if promised:
+            said["promised_false_alarm_rate"] = _numbers(post.effective_false_alarm_rate.tolist())
     if len(model.product_names) > 1:
         said["products"] = json.dumps(list(model.product_names), ensure_ascii=False)
     return said

@@ -3,6 +3,7 @@
 The backbone's stem, which reads the image, and the tail, flow and score, are sensitive; what is between them is not.
 """
 
+import logging
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
     """
     import nncf
 
+    nncf.set_log_level(logging.ERROR)  # it says in a hundred lines what stays in float, as is asked of it
     if backbone_convolutions <= STEM_CONVOLUTIONS:
         msg = (
             f"INT8_PTQ quantises the convolutions behind a backbone's first {STEM_CONVOLUTIONS}, and this one has "

@@ -1,5 +1,6 @@
 """Move the threshold of a trained model to what the process is like today, without training."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import torch
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
+from anomalib_wtflow.flow.rows import allocate
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import images_of
@@ -16,6 +18,7 @@ from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.image_check import raise_for_unreadable
 
+LAYOUT = ("train", "test", "ground_truth")
 ALPHA = 0.01
 """Probability of the sentence that the process has moved where it has not, over all products of a model."""
 
@@ -76,7 +79,7 @@ class Calibrated:
     false_alarm_rate: float
     products: list[Moved]
     unseen: list[str]
-    """Products that no new image shows; they keep their thresholds."""
+    """Products that no or too few new images show; they keep their thresholds."""
 
     def __str__(self) -> str:
         """Say it in a few lines."""
@@ -85,7 +88,8 @@ class Calibrated:
         for each in self.products:
             lines += each.sentences(self.false_alarm_rate, f" of '{each.product}'" if several else "")
         if self.unseen:
-            lines.append(f"No good image shows {', '.join(map(repr, self.unseen))}, which keep their thresholds.")
+            names = ", ".join(map(repr, self.unseen))
+            lines.append(f"No or too few images show {names}: thresholds kept.")
         return "\n".join(lines)
 
 
@@ -128,9 +132,10 @@ def calibrate(
     images = good_images(Path(data))
     to_device(model, device)
     post = with_rate(model, false_alarm_rate)
+    allocate(post, len(model.product_names))
     before = post.image_threshold.clone(), post.pixel_threshold.clone()
     old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_product.cpu())
-    new = score(model, images)
+    new = enough(score(model, images), old, len(model.product_names), post)
     post.calibrate(*new, count=len(model.product_names), keep=True)
     products = [
         moved(post, model.product_names[place], place, before, old, new) for place in new.product.unique().tolist()
@@ -153,10 +158,10 @@ def good_images(path: Path) -> Any:
         raise FileNotFoundError(msg)
     if (path / "test" / "good").is_dir():
         path = path / "test" / "good"
-    elif (path / "test").is_dir() or (path / "train").is_dir():
-        msg = (
-            f"'{path}' has folders 'train' or 'test' and no 'test/good': give the folder of the good images themselves."
-        )
+    folders = [folder for folder in path.rglob("*") if folder.is_dir()]
+    kinds = path.name == "test" and any(folder.parent == path and folder.name != "good" for folder in folders)
+    if kinds or any(folder.name in LAYOUT for folder in folders):
+        msg = f"'{path}' holds more than good images (train, test or ground_truth): give a folder of good images alone."
         raise ValueError(msg)
     return images_of(path)
 
@@ -201,6 +206,24 @@ def score(model: WTFlow, data: Any, batch_size: int = 8) -> Scores:
         raise_for_unreadable([data], decode=True, cause=error)
         raise
     return Scores(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+
+
+def enough(new: Scores, old: Scores, count: int, post: WTFlowPostProcessor) -> Scores:
+    """Leave out products of several that fewer images show than the rate needs and than the old threshold came from.
+
+    A few images of another product, recognised as this one, would set its threshold.
+
+    Raises:
+        ValueError: If no product is left.
+    """
+    assert post.false_alarm_rate is not None
+    asked = math.ceil(round(1 / post.false_alarm_rate, 9)) - 1
+    counts, before = (torch.bincount(scores.product, minlength=count) for scores in (new, old))
+    kept = (counts > 0) & (counts >= (before.clamp(max=asked) if count > 1 else 1))
+    if not kept.any():
+        msg = f"The {len(new.product)} good images are too few of each product: the rate needs {asked} of one."
+        raise ValueError(msg)
+    return Scores(*(values[kept[new.product]] for values in new))
 
 
 def moved(

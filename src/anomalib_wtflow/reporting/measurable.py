@@ -28,6 +28,11 @@ class MeasurableMetrics(Callback):
             metric for metric in pl_module.evaluator.test_metrics if not isinstance(metric, BOTH_LABELS)
         )
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Put them back after a failure, too."""
+        del exception
+        self.teardown(trainer, pl_module, "test")
+
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Put them back."""
         del trainer, stage

@@ -17,6 +17,8 @@ class Summary:
     """Counts of verdicts, the scores' least, median and greatest, and the highest-scored images' rows."""
 
     images: int = 0
+    judged: int = 0
+    """Of the images, how many have a verdict: none of a model without thresholds."""
     good: int = 0
     anomalous: int = 0
     unknown: int = 0
@@ -39,7 +41,9 @@ def sentences(summary: Summary) -> list[str]:
     """Say what the verdicts are; of good images only, what that does and does not tell."""
     s = summary
     unknown = f" ({s.unknown} of them like no product)" if s.unknown else ""
-    lines = [f"{s.images} images: {s.good} good, {s.anomalous} anomalous{unknown}."]
+    lines = [f"{s.images} image{'s' * (s.images != 1)}: {s.good} good, {s.anomalous} anomalous{unknown}."]
+    if not s.judged:
+        return [f"{s.images} images without verdicts: the model has no threshold."]
     promise = f", at most {max(s.promises.values()):.1%} promised" if s.promises else ""
     if s.truly_good:
         lines.append(f"Of {s.truly_good} good ones {s.false_alarms} called anomalous{promise}.")

@@ -88,6 +88,7 @@ class Verdicts(Callback):
     def _start(self, trainer: Trainer, pl_module: Any) -> None:
         path = self.path(trainer, trainer.global_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
         self._file = path.open("w", newline="", encoding="utf-8")
         self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
         self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
@@ -111,7 +112,8 @@ class Verdicts(Callback):
                     file.writelines(other.read_text(encoding="utf-8").splitlines(keepends=True)[1:])
                     other.unlink()
         rates = getattr(pl_module.post_processor, "effective_false_alarm_rate", torch.empty(0)).tolist()
-        show(to_json(path, dict(zip(pl_module.product_names, rates, strict=False))), path)
+        promises = dict(zip(pl_module.product_names, rates, strict=False))
+        show(to_json(path, {name: rate for name, rate in promises.items() if rate == rate}), path)
 
 
 def rows_of(model: Any, batch: Any) -> list[dict[str, Any]]:
@@ -119,7 +121,7 @@ def rows_of(model: Any, batch: Any) -> list[dict[str, Any]]:
     count = len(batch.pred_score)
     post, known = model.post_processor, batch.recognition
     threshold = getattr(post, "image_threshold", torch.tensor(torch.nan))
-    rows = own(threshold, known.product) if threshold.ndim else threshold.expand(count)
+    rows = own(threshold, known.product) if threshold.numel() > 1 else threshold.reshape(1).expand(count)
     columns: dict[str, list[Any]] = {
         "image_path": [str(path) for path in batch.image_path or [""] * count],
         "product": model.recognised(known),
@@ -180,9 +182,12 @@ def to_json(path: Path, promises: dict[str, float]) -> Summary:
 
 
 def count(summary: Summary, row: dict[str, Any]) -> None:
-    """Count one verdict; an image without a label is not a good one."""
-    good, truth = row["pred_label"] == GOOD, row["gt_label"]
+    """Count one verdict; without a score the image is no good one, and without labels there are no verdicts."""
     summary.images += 1
+    if row["pred_label"] is None and row["pred_score"] is not None:
+        return
+    good, truth = row["pred_label"] == GOOD, row["gt_label"]
+    summary.judged += 1
     summary.good += good
     summary.anomalous += not good
     summary.unknown += row.get("product") == UNKNOWN
