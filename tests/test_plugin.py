@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 import re
 import subprocess
 import sys
@@ -533,9 +534,18 @@ def test_sizes_are_frozen_without_a_resize(plugin: ModuleType, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_files_and_opset(plugin: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_and_opset(
+    plugin: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """anomalib asks for opset 14, and gets 18 with a traceback in the log."""
     import onnx
+
+    # Libraries that earlier tests load switch other libraries' loggers off.
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
+    for name in ("onnxscript", "onnxscript.version_converter"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        logging.getLogger(name).setLevel(logging.INFO)
 
     messages = []
     for name, asked in (("default", {}), ("asked", {"opset_version": 18})):

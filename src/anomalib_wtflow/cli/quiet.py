@@ -24,6 +24,12 @@ WARNINGS: tuple[tuple[str, type[Warning], str, str], ...] = (
         "anomalib 2.7 imports its own old name",
     ),
     (
+        r"`torch\.jit\.script` is deprecated",
+        FutureWarning,
+        r".*",
+        "anomalib's dependencies still use it, and torch names them as the place",
+    ),
+    (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         Warning,
         r"lightning\.pytorch\.utilities\._pytree",
