@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from anomalib_wtflow.lightning_model import WTFlow
+from anomalib_wtflow.training import checkpoint_rules
 
 
 def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int, int]:
@@ -20,6 +21,7 @@ def load_model(ckpt_path: str | Path) -> tuple[WTFlow, int, int]:
             f"There is no checkpoint at '{ckpt_path}': give the model.ckpt that 'anomalib train --model WTFlow' wrote."
         )
         raise FileNotFoundError(msg)
+    checkpoint_rules.read(path)
     try:
         model = WTFlow.load_from_checkpoint(path, map_location="cpu").eval()
     except Exception as error:
