@@ -61,6 +61,11 @@ def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThr
     return ConformalThreshold(threshold, exceed / (n + 1))
 
 
+def images_needed(false_alarm_rate: float) -> int:
+    """Return ``ceil(1 / rate) - 1``: the fewest normal images whose threshold guarantees a rate (Vovk et al., 2005)."""
+    return math.ceil(round(1 / false_alarm_rate, 9)) - 1
+
+
 class WTFlowPostProcessor(PostProcessor):
     """Normalise scores around a threshold and label them; the threshold comes from normal images only.
 

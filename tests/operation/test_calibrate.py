@@ -14,7 +14,8 @@ from scipy.stats import binom, mannwhitneyu
 
 from anomalib_wtflow import SyntheticParts, WTFlow, WTFlowPostProcessor, calibrate
 from anomalib_wtflow.cli.main import main
-from anomalib_wtflow.operation.calibrate import ALPHA, Scores, enough, moved
+from anomalib_wtflow.operation.calibrate import ALPHA, enough, moved
+from anomalib_wtflow.training.calibration import Scores
 from conftest import quiet_engine
 
 CHANGED = 1.4

@@ -17,7 +17,7 @@ from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise
 from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
 from anomalib_wtflow.flow.solver import not_exportable
 from anomalib_wtflow.settings import Settings
-from anomalib_wtflow.training.calibration import Chosen, choose
+from anomalib_wtflow.training.calibration import Chosen, choose, score_images
 
 OPSET = 18
 RANGE_IMAGES = 128
@@ -35,8 +35,6 @@ class Exports:
     """
 
     model: Any
-    pre_processor: Any
-    device: torch.device
     settings: Settings
     post_processor: Any
     product_names: Sequence[str]
@@ -138,15 +136,10 @@ class Exports:
         plain = plain and post.image_sensitivity == post.pixel_sensitivity == 0.5
         return compression in CALIBRATED and plain and getattr(post, "false_alarm_rate", None) is not None
 
-    @torch.no_grad()
     def _raise_for_others(self, data: Any, post: Any) -> None:
         """Refuse images that the model's thresholds do not come from: by their scores in f32."""
-        transform: Any = getattr(self.pre_processor, "transform", None) or torch.nn.Identity()
-        scores = []
-        for index in range(len(data)):
-            outputs = self.model(transform(data[index].image)[None].to(self.device))
-            scores.append(float(outputs.pred_score.masked_fill(outputs.strangeness > 1, torch.inf)))
-        ours, theirs = torch.tensor(scores).sort().values, post.calibration_scores.cpu().sort().values
+        ours = score_images(self, data).scores.sort().values
+        theirs = post.calibration_scores.cpu().sort().values
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
             msg = (
                 f"The thresholds come from {len(theirs)} other images than the {len(ours)} that this data has for them,"

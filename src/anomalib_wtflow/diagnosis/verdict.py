@@ -1,10 +1,10 @@
 """The answer of the first screen, in words: rules on the numbers in a diagnosis's JSON, and on nothing else."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from anomalib_wtflow.diagnosis.style import SHOWN
+from anomalib_wtflow.post_processor import images_needed
 
 Numbers = dict[str, Any]
 LEVELS = ("Yes", "With care", "Not known", "No")
@@ -155,7 +155,7 @@ def advice(scores: Numbers) -> list[str]:
         found.append("Train again with good images of today's parts, light and camera: the threshold is for others.")
     if too_few_calibration_images(scores) and scores["calibration_images"]:
         asked, given = scores["asked_rate"], scores["calibration_images"]
-        needed = math.ceil(round(1 / asked, 9)) - 1
+        needed = images_needed(asked)
         found.append(
             f"Give the threshold {needed - given} more good images (add some, or raise calibration_ratio): a promise "
             f"of {percent(asked)} needs {needed}, and it has {given}."

@@ -1,9 +1,8 @@
 """Move the threshold of a trained model to what the process is like today, without training."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy.stats import mannwhitneyu
@@ -13,22 +12,14 @@ from anomalib_wtflow.flow.rows import allocate
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import images_of
-from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
 from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
-from anomalib_wtflow.training.image_check import raise_for_unreadable
+from anomalib_wtflow.training.calibration import Scores, score_images
 
 LAYOUT = ("train", "test", "ground_truth")
 ALPHA = 0.01
 """Probability of the sentence that the process has moved where it has not, over all products of a model."""
-
-
-class Scores(NamedTuple):
-    """Of n images, ``(n,)`` each: raw scores (infinite if like no product), the maps' largest pixels, and products."""
-
-    scores: Tensor
-    peaks: Tensor
-    product: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,7 @@ def calibrate(
     allocate(post, len(model.product_names))
     before = post.image_threshold.clone(), post.pixel_threshold.clone()
     old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_product.cpu())
-    new = enough(score(model, images), old, len(model.product_names), post)
+    new = enough(score_images(model, images), old, len(model.product_names), post)
     post.calibrate(*new, count=len(model.product_names), keep=True)
     products = [
         moved(post, model.product_names[place], place, before, old, new) for place in new.product.unique().tolist()
@@ -172,40 +163,18 @@ def with_rate(model: WTFlow, rate: float | None) -> WTFlowPostProcessor:
     Raises:
         ValueError: If it has no conformal threshold, or the rate is outside (0, 1).
     """
-    post = model.post_processor
-    if not isinstance(post, WTFlowPostProcessor) or (post.false_alarm_rate is None and rate is None):
+    post: Any = model.post_processor
+    ours = isinstance(post, WTFlowPostProcessor)
+    if not ours or (post.false_alarm_rate is None and rate is None):
+        way = "give --false_alarm_rate, such as 0.05" if ours else "train it with a false_alarm_rate"
         msg = (
-            "The model has anomalib's F1 threshold (false_alarm_rate null), which good images alone cannot set: give "
-            "--false_alarm_rate, such as 0.05."
+            f"The model has anomalib's F1 threshold (false_alarm_rate null), which good images alone cannot set: {way}."
         )
-        if not isinstance(post, WTFlowPostProcessor):
-            msg = msg.replace(": give --false_alarm_rate, such as 0.05", ": train it with a false_alarm_rate")
         raise ValueError(msg)
     if rate is not None:
         check("false_alarm_rate", rate)
         post.false_alarm_rate = rate
     return post
-
-
-@torch.no_grad()
-def score(model: WTFlow, data: Any, batch_size: int = 8) -> Scores:
-    """Score images as the thresholds need it.
-
-    Raises:
-        ValueError: If an image cannot be read, or a score is NaN.
-    """
-    parts: list[tuple[Tensor, ...]] = []
-    transform: Any = getattr(model.pre_processor, "transform", None) or torch.nn.Identity()
-    try:
-        for start in range(0, len(data), batch_size):
-            images = [transform(data[index].image) for index in range(start, min(start + batch_size, len(data)))]
-            outputs: Any = model.model(torch.stack(images).to(model.device))
-            scores = outputs.pred_score.float().masked_fill(outputs.strangeness > 1, torch.inf)
-            parts.append((scores, outputs.anomaly_map.float().flatten(1).amax(dim=1), outputs.product))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise_for_unreadable([data], decode=True, cause=error)
-        raise
-    return Scores(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
 
 def enough(new: Scores, old: Scores, count: int, post: WTFlowPostProcessor) -> Scores:
@@ -217,7 +186,7 @@ def enough(new: Scores, old: Scores, count: int, post: WTFlowPostProcessor) -> S
         ValueError: If no product is left.
     """
     assert post.false_alarm_rate is not None
-    asked = math.ceil(round(1 / post.false_alarm_rate, 9)) - 1
+    asked = images_needed(post.false_alarm_rate)
     counts, before = (torch.bincount(scores.product, minlength=count) for scores in (new, old))
     kept = (counts > 0) & (counts >= (before.clamp(max=asked) if count > 1 else 1))
     if not kept.any():

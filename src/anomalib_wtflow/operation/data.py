@@ -1,4 +1,4 @@
-"""The data of a diagnosis: anomalib's data modules, its data configs, and folders."""
+"""The data of a command: anomalib's data modules, its data configs, and folders."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

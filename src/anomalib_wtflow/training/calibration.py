@@ -1,6 +1,5 @@
 """Which normal images the threshold comes from, and when it is set."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from anomalib_wtflow.features.cache import FeatureDataset
-from anomalib_wtflow.post_processor import WTFlowPostProcessor
+from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
 from anomalib_wtflow.torch_model import NormalisedFeatures
 from anomalib_wtflow.training.feature_caching import FeatureCaching, products_of_images
 from anomalib_wtflow.training.giving_back import GivesBack
+from anomalib_wtflow.training.image_check import raise_for_unreadable
 
 NO_NORMALS = (
     "There are no normal images for the threshold: give at least 2 normal training images, or a validation set with "
@@ -172,7 +172,7 @@ class Calibration(GivesBack):
                 f"there are {n}{of}: the threshold guarantees {given:.4f} instead" for of, n, given in few
             )
             rank_zero_warn(
-                f"false_alarm_rate={asked} needs at least {math.ceil(round(1 / asked, 9)) - 1} normal images for the "
+                f"false_alarm_rate={asked} needs at least {images_needed(asked)} normal images for the "
                 f"threshold and {counts}; give more good images to have the rate that you asked for."
             )
 
@@ -240,3 +240,32 @@ def held_out(data: Any, ratio: float) -> tuple[list[int], list[int]]:
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(SLICE_SEED)).tolist()
         held += [own[k] for k in order[:count]]
     return sorted(held), sorted(set(range(len(data))) - set(held))
+
+
+class Scores(NamedTuple):
+    """Of n images, ``(n,)`` each: raw scores (infinite if like no product), the maps' largest pixels, and products."""
+
+    scores: Tensor
+    peaks: Tensor
+    product: Tensor
+
+
+@torch.no_grad()
+def score_images(model: Any, data: Any, batch_size: int = 8) -> Scores:
+    """Score images as the thresholds need it.
+
+    Raises:
+        ValueError: If an image cannot be read, or a score is NaN.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    transform: Any = getattr(model.pre_processor, "transform", None) or torch.nn.Identity()
+    try:
+        for start in range(0, len(data), batch_size):
+            images = [transform(data[index].image) for index in range(start, min(start + batch_size, len(data)))]
+            outputs: Any = model.model(torch.stack(images).to(model.device))
+            scores = outputs.pred_score.float().masked_fill(outputs.strangeness > 1, torch.inf)
+            parts.append((scores, outputs.anomaly_map.float().flatten(1).amax(dim=1), outputs.product))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise_for_unreadable([data], decode=True, cause=error)
+        raise
+    return Scores(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
