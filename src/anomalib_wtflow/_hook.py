@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 TARGET = "anomalib.models"
 
 
+class PluginLoader:
+    """The loader of ``anomalib.models`` with one step more: import the plugin afterwards.
+
+    It stands in front of the other loader, which may serve other modules too (a zip file's does) or take no attributes.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer as the other loader does."""
+        if name == "loader":  # while an instance is being copied, there is none yet
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def exec_module(self, module: Any) -> None:
+        """Load ``anomalib.models``, then the plugin; the module keeps the other loader."""
+        module.__spec__.loader = module.__loader__ = self.loader
+        prepare()
+        self.loader.exec_module(module)
+        load_plugin()
+
+
 class PluginFinder:
     """Meta-path finder that adds one step to the loading of ``anomalib.models``: import the plugin afterwards."""
 
@@ -24,7 +47,7 @@ class PluginFinder:
     """Whether it is asking the other finders; one that is another plugin's copy of it asks back."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Find ``anomalib.models`` with the other finders, and have its loader call :func:`load_plugin` at the end.
+        """Find ``anomalib.models`` with the other finders, and put :class:`PluginLoader` before its loader.
 
         Args:
             fullname: Name of the module that is being imported.
@@ -43,16 +66,8 @@ class PluginFinder:
             spec: Any = next((spec for spec in specs if spec is not None and spec.loader is not None), None)
         finally:
             self.asking = False
-        if spec is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            prepare()
-            execute(module)
-            load_plugin()
-
-        spec.loader.exec_module = exec_module
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = PluginLoader(spec.loader)
         return spec
 
 
@@ -81,8 +96,9 @@ def load_plugin() -> None:
         import warnings
 
         warnings.warn(
-            f"anomalib-wtflow is installed but could not be loaded ({type(error).__name__}: {error}); "
-            "anomalib works without it, and `pip install --force-reinstall anomalib-wtflow` may mend it.",
+            f"anomalib-wtflow is installed but could not be loaded ({type(error).__name__}: {error}); anomalib works "
+            "without it. `pip check` says whether it needs another version of a package, and "
+            "`pip install --force-reinstall --no-deps anomalib-wtflow` writes its own files anew.",
             stacklevel=2,
         )
 

@@ -14,8 +14,8 @@ def register_model(cls: _Class) -> _Class:
     """
     # `import anomalib.models` would fail while that module is still loading, which is when the hook calls this.
     models = import_module("anomalib.models")
-    setattr(models, cls.__name__, cls)
     models.ALLOWED_MODULES.update({"anomalib_wtflow", cls.__module__})
+    setattr(models, cls.__name__, cls)
     return cls
 
 
