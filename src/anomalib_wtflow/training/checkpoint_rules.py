@@ -33,7 +33,7 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"state_dict", "epoch"} <= set(checkpoint):
             return checkpoint
-    except Exception:
+    except Exception:  # nosec B110  # whatever it is, the sentence below says what to do
         pass
     msg = f"'{path}' is not a checkpoint of a WTFlow model: give the model.ckpt of its run."
     raise ValueError(msg)
