@@ -331,7 +331,7 @@ def test_the_docstring_has_each_meaning_once() -> None:
         assert words.count(meaning) == (name in ARGUMENTS), name
     assert max(map(len, (WTFlow.__doc__ or "").splitlines())) <= 120
     arguments = (WTFlow.__doc__ or "").partition("Args:\n")[2].partition("Raises:")[0]
-    assert set(re.findall(r"^ {8}(\w+): ", arguments, re.MULTILINE)) == set(inspect.signature(WTFlow).parameters)
+    assert set(re.findall(r"^ {4}(\w+): ", arguments, re.MULTILINE)) == set(inspect.signature(WTFlow).parameters)
 
 
 def test_what_the_model_is_told_becomes_its_settings() -> None:

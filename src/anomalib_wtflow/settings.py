@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache
-from inspect import signature
+from inspect import cleandoc, signature
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -376,6 +376,7 @@ def documented(cls: _Class) -> _Class:
     for name in signature(cls).parameters:
         if name in declared():
             text = f"{name}: {declared()[name].metadata['meaning']}"
-            lines.append(textwrap.fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12))
-    cls.__doc__ = (cls.__doc__ or "").replace("Args:\n", "Args:\n" + "\n".join(lines) + "\n", 1)
+            lines.append(textwrap.fill(text, 120, initial_indent=" " * 4, subsequent_indent=" " * 8))
+    # Python 3.13 takes off the indentation of docstrings by itself.
+    cls.__doc__ = cleandoc(cls.__doc__ or "").replace("Args:\n", "Args:\n" + "\n".join(lines) + "\n", 1)
     return cls
