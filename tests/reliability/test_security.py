@@ -165,6 +165,23 @@ def test_exports_open_no_connection(
     assert attempts == []
 
 
+@pytest.mark.parametrize("opted_out", [False, True])
+def test_openvino_reports_its_use_unless_told_not_to(opted_out: bool, tmp_path: Path) -> None:
+    """On import, which ``anomalib`` does for every model; the file is what ``opt_in_out --opt_out`` writes."""
+    (tmp_path / "intel").mkdir()
+    if opted_out:
+        (tmp_path / "intel" / "openvino_telemetry").write_text("0")
+    code = """
+from openvino_telemetry.backend.backend_ga4 import GA4Backend
+GA4Backend.send = lambda self, message: print(self.backend_url.partition("/mp/")[0], flush=True)
+import openvino
+"""
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == (set() if opted_out else {"https://www.google-analytics.com"})
+
+
 # Temporary files -----------------------------------------------------------------------------------------------------
 
 

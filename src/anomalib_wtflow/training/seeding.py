@@ -18,7 +18,7 @@ ORDER, NOISE, PLATEAU = 0, 1, 2
 def generator_for(seed: int, purpose: int, place: int, rank: int = 0, device: torch.device | str = "cpu") -> Generator:
     """Return a generator for one purpose at one place (step or epoch) of one process's training."""
     (state,) = np.random.SeedSequence([seed, purpose, place, rank]).generate_state(1, np.uint64)
-    return Generator(device).manual_seed(int(state >> 1))
+    return Generator(device).manual_seed(int(state) >> 1)
 
 
 class SeededOrder(Callback):
