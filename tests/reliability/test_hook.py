@@ -102,10 +102,10 @@ def complete(environment: Environment) -> Environment:
 
 @pytest.mark.parametrize("options", [(), ("-I",), ("-s",), ("-E",), ("-O",), ("-X", "utf8", "-b"), ("-W", "error")])
 def test_python_starts_with_two_small_modules_more(complete: Environment, options: tuple[str, ...]) -> None:
-    """With an empty .pth file, the same but for the hook and its package: no anomalib, no torch, nothing else."""
+    """Beside a .pth file that says nothing: the hook and its package, no anomalib, no torch, nothing else."""
     code = "import sys; print(*sorted(sys.modules))"
     with_hook, errors = complete.run(*options, "-c", code)
-    (complete.site / "anomalib_wtflow.pth").write_text("")  # Python 3.13 loads a codec for any .pth file
+    (complete.site / "anomalib_wtflow.pth").write_text("#\n")  # for any .pth file Python 3.13 loads a codec
     without, _ = complete.run(*options, "-c", code)
     added = set(with_hook.split()) - set(without.split()) - {"__future__"}
     assert added == {"anomalib_wtflow", "anomalib_wtflow._hook"}
