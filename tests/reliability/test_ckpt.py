@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from anomalib_wtflow import WTFlow, calibrate, diagnose
 from anomalib_wtflow.cli import errors
 from anomalib_wtflow.features.backbone import load_weights_file
+from anomalib_wtflow.operation.data import data_sets
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.checkpoint_reading import CheckedReading
 from conftest import quiet_engine
@@ -147,6 +148,33 @@ def test_weights_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hostile.pth' cannot be read: it must be a .safetensors file, or a state"):
         load_weights_file(tmp_path / "hostile.pth")
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"", "' holds no data config: give 'class_path' and 'init_args'"),
+        (b"just text", "' holds no data config: give 'class_path' and 'init_args'"),
+        (b"- a\n- list", "' holds no data config: give 'class_path' and 'init_args'"),
+        (b"cut: [", "' holds no data config: give 'class_path' and 'init_args'"),
+        (b"\xff\xfe\x00", "' holds no data config: give 'class_path' and 'init_args'"),
+        (b"!!python/object/apply:os.system ['touch EXECUTED']", "' holds no data config: give 'class_path'"),
+        (
+            b"class_path: os.system\ninit_args: {command: touch EXECUTED}",
+            "' names 'os.system', which is no data module",
+        ),
+    ],
+)
+def test_a_data_config_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, sentence: str
+) -> None:
+    """The YAML file that ``diagnose --data`` takes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.yaml").write_bytes(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        data_sets(tmp_path / "data.yaml")
+    assert str(error.value).startswith(f"'{tmp_path / 'data.yaml'}{sentence}")
+    assert not (tmp_path / "EXECUTED").exists()
 
 
 # Values that are not finite ------------------------------------------------------------------------------------------
