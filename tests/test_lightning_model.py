@@ -344,21 +344,27 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(trained: SimpleNamespace,
     old = torch.load(trained.checkpoint, weights_only=False)
     del old["wtflow"]["settings"]["density"]
     torch.save(old, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match=r"checkpoint has no density, so an earlier version \(.*\) wrote it: train"):
+    with pytest.raises(
+        ValueError, match=r"old.ckpt' has no density, so another version of WTFlow \(.*\) wrote it: train"
+    ):
         quiet_engine(tmp_path).test(WTFlow(image_size=128), datamodule=trained.parts, ckpt_path=tmp_path / "old.ckpt")
     wide = torch.load(trained.checkpoint, weights_only=False)
     name = next(name for name in wide["state_dict"] if name.startswith("model.field.") and name.endswith("stem.weight"))
     wide["state_dict"][name] = torch.zeros(256, *wide["state_dict"][name].shape[1:])
     torch.save(wide, tmp_path / "wide.ckpt")
     with pytest.raises(
-        ValueError, match=r"field has other widths, so an earlier version \(.*\) wrote it: train it again"
+        ValueError, match=r"wide.ckpt' have other names or widths, so another version of WTFlow \(.*\) wrote it"
     ):
         quiet_engine(tmp_path).test(WTFlow(image_size=128), datamodule=trained.parts, ckpt_path=tmp_path / "wide.ckpt")
     del old["wtflow"]
     torch.save(old, tmp_path / "older.ckpt")
-    with pytest.raises(ValueError, match="no WTFlow model of this version, so an earlier version or another model"):
+    with pytest.raises(
+        ValueError, match=r"older.ckpt' has no settings, so another version of WTFlow \(unknown\) wrote it"
+    ):
         quiet_engine(tmp_path).test(WTFlow(image_size=128), datamodule=trained.parts, ckpt_path=tmp_path / "older.ckpt")
-    with pytest.raises(ValueError, match="no WTFlow model of this version, so an earlier version or another model"):
+    with pytest.raises(
+        ValueError, match=r"older.ckpt' has no settings, so another version of WTFlow \(unknown\) wrote it"
+    ):
         WTFlow.load_from_checkpoint(tmp_path / "older.ckpt")
 
 

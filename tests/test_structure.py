@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "operation": {*TRAINED, "data"},
     "diagnosis": {*TRAINED, "operation", "data", "theory"},
     "cli": {"", "settings", "operation", "diagnosis", "cli.quiet"},
-    "cli.errors": set(),
+    "cli.errors": {"cli.quiet"},
     "cli.quiet": set(),
     "_registration": set(),
     "_hook": {"lightning_model", "data", "cli.quiet"},

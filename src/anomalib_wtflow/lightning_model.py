@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_wtflow._registration import register_model
-from anomalib_wtflow.cli.errors import one_sentence
+from anomalib_wtflow.cli.errors import one_sentence, plain_errors
 from anomalib_wtflow.cli.quiet import quiet_logs
 from anomalib_wtflow.deploy.exports import Exports
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, get_data_config, get_image_size
@@ -85,6 +85,7 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         given = {name: value for name, value in locals().items() if name in ARGUMENTS and value is not None}
         given["false_alarm_rate"] = false_alarm_rate
         quiet_logs()
+        plain_errors()
         with one_sentence():
             self.settings = get_settings(recipe, **{**get_overrides(overrides), **given})
             if pre_processor is True:

@@ -110,6 +110,19 @@ class WTFlowPostProcessor(PostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "false_alarm_rate")
 
+    @property
+    def image_threshold(self) -> Tensor:
+        """Threshold of image scores; NaN if it is not set.
+
+        anomalib's takes that of the pixels then, which is another quantity here.
+        """
+        return super().image_threshold if self.false_alarm_rate is None else self._image_threshold
+
+    @property
+    def pixel_threshold(self) -> Tensor:
+        """Threshold of maps; NaN if it is not set."""
+        return super().pixel_threshold if self.false_alarm_rate is None else self._pixel_threshold
+
     # Thresholds ------------------------------------------------------------------------------------------------------
 
     def calibrate(

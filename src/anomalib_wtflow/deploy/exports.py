@@ -1,8 +1,8 @@
 """Exports: what anomalib's leave to a model."""
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
 from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
@@ -24,6 +25,19 @@ RANGE_IMAGES = 128
 """Training images that set the ranges of a quantised export."""
 CALIBRATED = (CompressionType.INT8, CompressionType.INT8_PTQ)
 """Compressions whose thresholds are set again; INT8_ACQ looks at labels while it quantises, under those of f32."""
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter need a gradient for a while."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class Exports:
@@ -42,13 +56,14 @@ class Exports:
     """Post-processor with the thresholds of the graph that is being written; in a tuple, not a part of the model."""
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does.
+        """Export as anomalib does, with weights that need no gradient: ``TorchInferencer`` runs them as they are.
 
         Raises:
             ValueError: If the solver is adaptive, and so does not export.
         """
         self._check_exportable()
-        return super().to_torch(*args, **kwargs)  # type: ignore[misc]
+        with frozen(self):  # type: ignore[arg-type]
+            return super().to_torch(*args, **kwargs)  # type: ignore[misc]
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
         """Export as anomalib does, to ONNX and, on the way, to OpenVINO.

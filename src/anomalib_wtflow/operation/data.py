@@ -1,10 +1,12 @@
 """The data of a command: anomalib's data modules, its data configs, and folders."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anomalib.data import AnomalibDataModule, Folder, PredictDataset, get_datamodule
-from omegaconf import OmegaConf
+from anomalib.data import AnomalibDataModule, Folder, PredictDataset, UnknownDatamoduleError, get_datamodule
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from anomalib_wtflow.data.products import Products
 
@@ -68,14 +70,21 @@ def from_config(path: Path) -> AnomalibDataModule:
     """Build the data module of a YAML file with ``class_path`` and ``init_args``, by itself or below ``data``.
 
     Raises:
-        ValueError: If there is no ``class_path``.
+        ValueError: If it is no YAML, has no ``class_path``, or names a data module that anomalib does not have.
     """
-    config: Any = OmegaConf.load(path)
-    config = config.get("data", config)
-    if "class_path" not in config:
+    config: Any = None
+    with suppress(YAMLError, UnicodeDecodeError):
+        config = OmegaConf.load(path)
+    if isinstance(config, DictConfig):
+        config = config.get("data", config)
+    if not isinstance(config, DictConfig) or "class_path" not in config:
         msg = f"'{path}' holds no data config: give 'class_path' and 'init_args', by themselves or below 'data'."
         raise ValueError(msg)
-    return get_datamodule(config)
+    try:
+        return get_datamodule(config)
+    except UnknownDatamoduleError as error:
+        msg = f"'{path}' names '{config.class_path}', which is no data module of anomalib: give one, such as Folder."
+        raise ValueError(msg) from error
 
 
 def mvtec_layout(root: Path) -> Folder:

@@ -11,6 +11,7 @@ from anomalib_wtflow.reporting.verdicts import Verdicts
 from anomalib_wtflow.training.averaging import WeightAveraging
 from anomalib_wtflow.training.batch_check import BatchCheck
 from anomalib_wtflow.training.calibration import Calibration
+from anomalib_wtflow.training.checkpoint_reading import CheckpointReading
 from anomalib_wtflow.training.contrast import Contrast
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.image_check import ImageCheck
@@ -32,4 +33,4 @@ def of(model: Any) -> list[Callback]:
         result.append(Calibration(post_processor, settings.calibration_ratio, caching))
     result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau)]
     result += [MeasurableMetrics(), ProductReport(), *([Verdicts()] if settings.verdicts else [])]
-    return [*result, BatchCheck(), ImageCheck()]
+    return [*result, CheckpointReading(), BatchCheck(), ImageCheck()]

@@ -1,16 +1,23 @@
 """Which checkpoints a model takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from anomalib_wtflow.settings import Settings, declared, option
 
 KEY = "wtflow"
 """Where a checkpoint says what WTFlow needs to know of it."""
+WRITTEN = {"state_dict", "epoch", "pytorch-lightning_version"}
+"""What Lightning writes into each checkpoint, and needs in it."""
+POST = "post_processor."
+RATE = "effective_false_alarm_rate"
+SCORES = f"{POST}calibration_scores"
+"""Where the scores are that thresholds come from, and (above) the rate that they support."""
 RESUME = ("false_alarm_rate", "calibration_ratio")
 """Settings that choose which images the field is not trained on, and so must not change when a training goes on."""
 
@@ -20,56 +27,130 @@ def describe(settings: Settings, version: str, products: Sequence[str]) -> dict[
     return {"version": version, "settings": settings.plain(), "products": list(products)}
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, without running any code that it may hold.
+def load(path: str | Path) -> Any:
+    """Load what ``torch.save`` wrote, tensors and plain values only: no code in the file runs."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path: str | Path, load: Callable[[str | Path], Any] = load) -> dict[str, Any]:
+    """Read a checkpoint of a WTFlow model, without running any code that it may hold.
+
+    Args:
+        path: The file.
+        load: Reads it; must not run code either.
 
     Raises:
-        ValueError: If there is no such file, or it is not a checkpoint.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or is what :func:`raise_for_content` refuses.
     """
     if not Path(path).is_file():
         msg = f"There is no checkpoint at '{path}': give the model.ckpt that 'anomalib train --model WTFlow' wrote."
-        raise ValueError(msg)
+        raise FileNotFoundError(msg)
+    reason = ""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"state_dict", "epoch"} <= set(checkpoint):
-            return checkpoint
-    except Exception:  # nosec B110  # whatever it is, the sentence below says what to do
-        pass
-    msg = f"'{path}' is not a checkpoint of a WTFlow model: give the model.ckpt of its run."
-    raise ValueError(msg)
+        checkpoint = load(path)
+        whole = isinstance(checkpoint, dict) and WRITTEN.issubset(checkpoint)
+        whole = whole and isinstance(checkpoint["state_dict"], dict)
+    except Exception as error:  # torch's text is left out: it advises to run what is in the file
+        whole, reason = False, f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+    if not whole:
+        msg = (
+            f"'{path}' is not a checkpoint of a WTFlow model{reason}: give the model.ckpt of its run, or train the "
+            "model again if the file is damaged."
+        )
+        raise ValueError(msg)
+    raise_for_content(checkpoint, f"'{path}'")
+    return checkpoint
 
 
-def raise_for_other(checkpoint: dict[str, Any], settings: Settings, resuming: bool) -> None:
+def raise_for_content(checkpoint: dict[str, Any], file: str = "The checkpoint") -> None:
+    """Refuse what no model can use, whatever its settings.
+
+    Args:
+        checkpoint: The checkpoint.
+        file: What the message calls it.
+
+    Raises:
+        ValueError: If another model, or another version of this package, wrote it; or a weight, a threshold or what
+            else labels depend on is NaN or infinite.
+    """
+    state, said = checkpoint["state_dict"], checkpoint.get(KEY)
+    said = said if isinstance(said, dict) else {}
+    if not said and not any(name.startswith("model.field.") for name in state):
+        msg = f"{file} holds another model than WTFlow: give the model.ckpt of a WTFlow run."
+        raise ValueError(msg)
+    theirs, ours = said.get("settings", {}), declared()
+    lacking = [name for name in ("settings", "products") if name not in said]
+    lacking += [name for name, each in ours.items() if each.metadata["scores"] and name not in theirs]
+    unknown = [name for name in theirs if name not in ours]
+    if lacking or unknown:
+        what = f"has no {lacking[0]}" if lacking else f"has a setting {unknown[0]}"
+        version = said.get("version", "unknown")
+        msg = f"{file} {what}, so another version of WTFlow ({version}) wrote it: train the model again."
+        raise ValueError(msg)
+    broken = broken_values(checkpoint)
+    if broken:
+        msg = f"{file} is broken, {broken[0]} is NaN or infinite: give another checkpoint, or train the model again."
+        raise ValueError(msg)
+
+
+def broken_values(checkpoint: dict[str, Any]) -> list[str]:
+    """Name the values of a checkpoint on which scores and labels depend, and which are not finite.
+
+    Thresholds that were never set are NaN and not broken: a training may go on from such a checkpoint, and no label is
+    given without them. Those that are set in part are broken.
+    """
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    broken = [name for name, value in state.items() if name.startswith("model.") and not _sound(name, value)]
+    scores = state.get(SCORES, torch.empty(0))
+    if not _sound(SCORES, scores):
+        broken.append(SCORES)
+    together = _set_together(checkpoint)
+    if len(scores) or not all(state[name].isnan().all() for name in together):
+        broken += [name for name in together if not state[name].isfinite().all()]
+    return broken
+
+
+def _sound(name: str, value: Tensor) -> bool:
+    """Whether a value is finite, or infinite where that means something: no limit, or an image like no product."""
+    finite = value > -torch.inf if name == SCORES or name.endswith(".limit") else value.isfinite()
+    return bool(finite.all())
+
+
+def _set_together(checkpoint: dict[str, Any]) -> list[str]:
+    """Name what labels scores, of which all or none is set."""
+    state, config = checkpoint["state_dict"], checkpoint.get("anomalib_post_processor_config") or {}
+    if f"{POST}{RATE}" in state and checkpoint[KEY]["settings"]["false_alarm_rate"] is not None:
+        levels = [["_image_threshold", "_pixel_threshold", RATE]]
+    else:
+        parts = ["_{}_threshold"] if config.get("enable_thresholding", True) else []
+        parts += ["{}_min", "{}_max"] if config.get("enable_normalization", True) else []
+        levels = [[part.format(level) for part in parts] for level in ("image", "pixel")]
+    image, *pixel = ([f"{POST}{name}" for name in level if f"{POST}{name}" in state] for level in levels)
+    # Without masks anomalib sets nothing for pixels.
+    return image + [name for level in pixel if not all(state[name].isnan().all() for name in level) for name in level]
+
+
+def raise_for_other(
+    checkpoint: dict[str, Any], settings: Settings, resuming: bool, file: str = "The checkpoint"
+) -> None:
     """Refuse a checkpoint of another model: settings that fit can still change the scores under its threshold.
 
     Args:
         checkpoint: The checkpoint.
         settings: Of the model that is to take its weights; a false-alarm rate is that of its post-processor.
         resuming: Whether its training goes on.
+        file: What the message calls it.
 
     Raises:
-        ValueError: If an earlier version or another model wrote it, or it was trained with other settings.
+        ValueError: If it was trained with other settings.
     """
-    if KEY not in checkpoint:
-        msg = (
-            "The checkpoint holds no WTFlow model of this version, so an earlier version or another model wrote it: "
-            "give the model.ckpt of a WTFlow run, or train the model again."
-        )
-        raise ValueError(msg)
     theirs, ours = checkpoint[KEY]["settings"], settings.plain()
-    if "products" not in checkpoint[KEY]:
-        msg = f"An earlier version ({checkpoint[KEY].get('version')}) wrote the checkpoint: train the model again."
-        raise ValueError(msg)
     names = [name for name, each in declared().items() if each.metadata["scores"] or (resuming and name in RESUME)]
-    for name in names:
-        if name not in theirs:
-            version = checkpoint[KEY].get("version")
-            msg = f"The checkpoint has no {name}, so an earlier version ({version}) wrote it: train the model again."
-            raise ValueError(msg)
-    differing = [name for name in names if theirs[name] != ours[name]]
+    differing = [name for name in names if theirs.get(name) != ours[name]]
     if differing:
-        text = ", ".join(f"{name}={theirs[name]!r} (here {ours[name]!r})" for name in differing)
-        msg = f"The checkpoint was trained with {text}: give the model the same, as {option(differing[0])}."
+        text = ", ".join(f"{name}={theirs.get(name)!r} (here {ours[name]!r})" for name in differing)
+        msg = f"{file} was trained with {text}: give the model the same, as {option(differing[0])}."
         raise ValueError(msg)
     asked, trained = ours["false_alarm_rate"], theirs.get("false_alarm_rate")
     if not resuming and asked not in (trained, Settings.false_alarm_rate):

@@ -12,6 +12,7 @@ from anomalib_wtflow import __version__
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.training import checkpoint_rules
+from anomalib_wtflow.training.checkpoint_reading import is_local
 
 
 class Checkpoints:
@@ -29,7 +30,15 @@ class Checkpoints:
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed."""
+        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a checkpoint that this version can use.
+        """
+        path = kwargs.get("checkpoint_path", args[0] if args else None)
+        if is_local(path):
+            checkpoint_rules.read(path)
         files = {"pre_trained": False, "weights": None, "start_from": None}
         return super().load_from_checkpoint(*args, **{**files, **kwargs})  # type: ignore[misc]
 
@@ -45,11 +54,14 @@ class Checkpoints:
         """Refuse a checkpoint of another model; take over which post-processor it was trained with.
 
         Raises:
-            ValueError: If an earlier version or another model wrote it, or it was trained with other settings.
+            ValueError: If another version or another model wrote it, it is broken, or its settings are others.
         """
         resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, resuming)
-        self._check_field(checkpoint)
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        file = "The checkpoint" if path is None else f"'{path}'"
+        checkpoint_rules.raise_for_content(checkpoint, file)  # again for what was not read from a file of this machine
+        checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, resuming, file)
+        self._check_weights(checkpoint, file)
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
@@ -58,13 +70,15 @@ class Checkpoints:
         self._forget_copy(checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
-    def _check_field(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the field of a version whose widths were others, which no setting says."""
-        theirs, field = checkpoint.get("state_dict", {}), self.model.field.state_dict(prefix="model.field.")
-        if any(theirs[name].shape != value.shape for name, value in field.items() if name in theirs):
+    def _check_weights(self, checkpoint: dict[str, Any], file: str) -> None:
+        """Refuse the weights of a version with other layers, which no setting says."""
+        theirs = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
+        same = theirs.keys() == self.model.state_dict(prefix="model.").keys()
+        if not same or any(theirs[f"model.{name}"].shape != each.shape for name, each in self.model.named_parameters()):
             version = checkpoint[checkpoint_rules.KEY].get("version")
             msg = (
-                f"The checkpoint's field has other widths, so an earlier version ({version}) wrote it: train it again."
+                f"The weights in {file} have other names or widths, so another version of WTFlow ({version}) wrote it: "
+                "train the model again."
             )
             raise ValueError(msg)
 

@@ -49,10 +49,11 @@ class ProductSet:
         """Take field, normalisation and products of a trained model; the averaged field is the one to go on with.
 
         Raises:
-            ValueError: If the file holds no WTFlow model of these settings.
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no WTFlow model of these settings.
         """
         checkpoint = checkpoint_rules.read(path)
-        checkpoint_rules.raise_for_other(checkpoint, self.settings, resuming=True)
+        checkpoint_rules.raise_for_other(checkpoint, self.settings, resuming=True, file=f"'{path}'")
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
         self.model.load_state_dict(state)
         self.model.field.load_state_dict(self.model.flow_field.state_dict())
