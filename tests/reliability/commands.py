@@ -95,6 +95,7 @@ def _run(folder: Path, words: list[str], faults: list[Any], log: Path, environme
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     torch.set_num_threads(1)
     for fault in faults:
         if isinstance(fault, Fault):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine import Engine
 from commands import Command, Fault, checkpoint, place, run, runs, state, training
 
@@ -177,6 +178,35 @@ def test_a_resumed_training_is_tested_with_what_became_of_it(data: Path, tmp_pat
     assert tested(again) == of_the_resumed
     resumed.test(model, datamodule=small(data), ckpt_path=saved)
     assert tested(resumed) == tested(first) != of_the_resumed
+
+
+class Shown(WTFlow):
+    """Knows which batches it was shown, in which epochs."""
+
+    shown: list[tuple[int, float]]
+
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        self.shown.append((self.current_epoch, float(batch.features.sum())))
+        return super().training_step(batch, *args)
+
+
+def test_resumed_in_the_middle_of_an_epoch(data: Path, tmp_path: Path) -> None:
+    """From checkpoints that a user's callback wrote in two epochs of four steps: the rest of it, then the next."""
+
+    def fit(name: str, **kwargs: Any) -> Shown:
+        model = Shown(image_size=64, max_epochs=2, false_alarm_rate=0.3, overrides={"plateau": 0.0})
+        model.shown = []
+        callbacks = [ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1)]
+        quiet_engine(tmp_path / name, callbacks=callbacks).fit(model, datamodule=small(data), **kwargs)
+        return model
+
+    whole = fit("whole")
+    assert len({value for _, value in whole.shown}) == 8
+    for step in (1, 4, 6):
+        resumed = fit(f"from-{step}", ckpt_path=tmp_path / "whole" / f"step={step}.ckpt")
+        assert resumed.shown == whole.shown[step:]
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow
