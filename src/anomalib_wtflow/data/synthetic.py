@@ -95,10 +95,12 @@ class SyntheticParts(Folder):
         try:
             self._draw(drawing)
             drawing.chmod(0o755)  # mkdtemp's is 0o700, and data sets are shared
-            if not (folder / "about.json").is_file():  # another process may have been faster
-                if folder.exists():
-                    shutil.rmtree(folder)
+            try:
                 drawing.rename(folder)
+            except OSError:
+                if not (folder / "about.json").is_file():  # else another process was faster
+                    shutil.rmtree(folder)
+                    drawing.rename(folder)
         finally:
             shutil.rmtree(drawing, ignore_errors=True)
 

@@ -1,5 +1,8 @@
 """Features of the frozen backbone, kept between the epochs, so that no image passes the backbone twice (ours)."""
 
+import errno
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,25 +109,73 @@ class FeatureStore:
         """Make room for rows of ``shape``, which starts with their number; shared ones are in the file of all.
 
         Raises:
-            ValueError: If the disk has less room than a new file needs.
+            ValueError: If the folder for temporary files takes no file of that size.
         """
         shape = torch.Size(shape)
+        size = shape.numel() * self.dtype.itemsize
         folder = self.share.folder
-        if folder is None and shape.numel() * self.dtype.itemsize <= self.budget:
+        if folder is None and size <= self.budget:
             self.rows = torch.empty(shape, dtype=self.dtype)
             return
-        if folder is None:
-            self.folder = TemporaryDirectory(prefix="wtflow-features-", ignore_cleanup_errors=True)
-            folder = Path(self.folder.name)
-        file, size = folder / self.name, shape.numel() * self.dtype.itemsize
-        free = disk_usage(folder).free
-        if size > free and not file.exists():  # a mapped file that the disk has no room for ends the process
+        parent = temporary_folder()
+        try:
+            if folder is None:
+                self.folder = TemporaryDirectory(prefix="wtflow-features-", dir=parent, ignore_cleanup_errors=True)
+                folder = Path(self.folder.name)
+            file = folder / self.name
+            reserve(file, size)
+        except OSError as error:
             msg = (
-                f"The feature cache needs {size / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB free: "
-                "set TMPDIR to a folder with more room, lower image_size, or set feature_cache to 0 for no cache."
+                f"The feature cache needs {size / 1e9:.3g} GB in {parent} ({error.strerror}): set TMPDIR to a folder "
+                "with more room, lower image_size, or set feature_cache to 0 for no cache."
             )
-            raise ValueError(msg)
+            raise ValueError(msg) from error
         self.rows = torch.from_file(str(file), shared=True, size=shape.numel(), dtype=self.dtype).view(shape)
+        if self.share.folder is None:
+            self.unlink()
+
+    def unlink(self) -> None:
+        """Take the file's name away once all who share it have it mapped: whatever ends them, nothing is left of it."""
+        folder = self.share.folder or (self.folder and Path(self.folder.name))
+        if folder and os.name == "posix":  # elsewhere a mapped file keeps its name
+            (folder / self.name).unlink(missing_ok=True)
+            if self.folder:
+                self.folder.cleanup()
+
+
+def temporary_folder() -> Path:
+    """Return the folder for temporary files.
+
+    Raises:
+        ValueError: If no folder can be written to.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        msg = (
+            f"The feature cache needs a folder for temporary files ({error.strerror}): set TMPDIR to one that can be "
+            "written to, or set feature_cache to 0 for no cache."
+        )
+        raise ValueError(msg) from error
+
+
+def reserve(file: Path, size: int) -> None:
+    """Make a private file of a size: a mapped one that the disk has no room for would end the process.
+
+    Raises:
+        OSError: If there is no room, or the folder cannot be written to.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", errno.EOPNOTSUPP) not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        # A system without that can only be asked how much room there is by now.
+        if size > os.fstat(descriptor).st_size + disk_usage(file.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    finally:
+        os.close(descriptor)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -87,17 +88,21 @@ class Verdicts(Callback):
 
     def _start(self, trainer: Trainer, pl_module: Any) -> None:
         path = self.path(trainer, trainer.global_rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
-        self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
-        self._rows.writeheader()
+        with one_sentence_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
+            self._file = path.open("w", newline="", encoding="utf-8")
+            self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
+            self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
+            self._rows.writeheader()
+            self._file.flush()
 
     def _write(self, pl_module: Any, batch: Any) -> None:
         if self._file is not None:
-            self._rows.writerows(rows_of(pl_module, batch))
-            self._file.flush()
+            rows = rows_of(pl_module, batch)
+            with one_sentence_for(Path(self._file.name)):
+                self._rows.writerows(rows)
+                self._file.flush()
 
     def _finish(self, trainer: Trainer, pl_module: Any) -> None:
         self.teardown(trainer, pl_module, "")
@@ -113,7 +118,26 @@ class Verdicts(Callback):
                     other.unlink()
         rates = getattr(pl_module.post_processor, "effective_false_alarm_rate", torch.empty(0)).tolist()
         promises = dict(zip(pl_module.product_names, rates, strict=False))
-        show(to_json(path, {name: rate for name, rate in promises.items() if rate == rate}), path)
+        with one_sentence_for(path.with_suffix(".json")):
+            summary = to_json(path, {name: rate for name, rate in promises.items() if rate == rate})
+        show(summary, path)
+
+
+@contextmanager
+def one_sentence_for(path: Path) -> Iterator[None]:
+    """Say which file cannot be written, which an error of a full disk does not.
+
+    Raises:
+        RuntimeError: If the disk is full or the folder cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"The verdicts cannot be written to {path} ({error.strerror}): make room there, or do without them by "
+            "--model.overrides.verdicts false."
+        )
+        raise RuntimeError(msg) from error
 
 
 def rows_of(model: Any, batch: Any) -> list[dict[str, Any]]:

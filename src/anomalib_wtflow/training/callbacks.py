@@ -16,6 +16,7 @@ from anomalib_wtflow.training.contrast import Contrast
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from anomalib_wtflow.training.image_check import ImageCheck
 from anomalib_wtflow.training.plateau import Plateau
+from anomalib_wtflow.training.resuming import Resuming
 from anomalib_wtflow.training.seeding import SeededOrder
 
 
@@ -31,6 +32,6 @@ def of(model: Any) -> list[Callback]:
     result: list[Callback] = [WeightAveraging(), Contrast(caching)]
     if isinstance(post_processor, WTFlowPostProcessor):
         result.append(Calibration(post_processor, settings.calibration_ratio, caching))
-    result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau)]
+    result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau), Resuming()]
     result += [MeasurableMetrics(), ProductReport(), *([Verdicts()] if settings.verdicts else [])]
     return [*result, CheckpointReading(), BatchCheck(), ImageCheck()]

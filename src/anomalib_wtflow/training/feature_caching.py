@@ -1,11 +1,9 @@
 """One pass of the images through the backbone, and features in their place from then on."""
 
 import os
-import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
@@ -18,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
-from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic
+from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic, temporary_folder
 from anomalib_wtflow.flow.rows import Reduce
 from anomalib_wtflow.products import places
 from anomalib_wtflow.torch_model import NormalisedFeatures
@@ -121,7 +119,7 @@ class FeatureCaching(GivesBack):
         """
         if trainer.num_devices > 1:
             name = trainer.strategy.broadcast(f"wtflow-features-{uuid.uuid4().hex}")
-            folder = Path(tempfile.gettempdir()) / f"{name}-{trainer.node_rank}"  # nodes may share the folder
+            folder = temporary_folder() / f"{name}-{trainer.node_rank}"  # nodes may share the folder
             folder.mkdir(mode=0o700, exist_ok=True)
             self._share = Share(folder, trainer.local_rank, trainer.num_devices)
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -193,7 +191,7 @@ class FeatureCaching(GivesBack):
         counts = [len(data) for data in self._datasets if not data.truth or trainer.limit_val_batches]
         size = features[0].numel() * torch.float32.itemsize
         in_memory = self._share.folder is None and max(counts) * size <= self.budget * 2**30
-        place = "of memory" if in_memory else f"in temporary files in {tempfile.gettempdir()}"
+        place = "of memory" if in_memory else f"in temporary files in {temporary_folder()}"
         shape = " x ".join(map(str, features.shape[1:]))
         rank_zero_info(
             f"The feature cache takes {text_of(sum(counts) * size)} {place}: {sum(counts)} training and validation "
@@ -258,6 +256,9 @@ class FeatureCaching(GivesBack):
                 if store.rows is None and shape is not None:
                     store.open(shape)
         trainer.strategy.barrier("features")
+        for store in stores:
+            if store is not None and trainer.local_rank == 0:
+                store.unlink()
 
     @torch.no_grad()
     def _extract(

@@ -42,11 +42,20 @@ class Plateau(Callback):
         """Go on from the losses of a checkpoint."""
         self.losses = list(state_dict["losses"])
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Train no further if the checkpoint to go on from was that of the last epoch."""
+        del pl_module
+        if self.tolerance and trainer.ckpt_path is not None:
+            self._stop_if_settled(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the loss, and stop if it has stopped falling."""
         if not self.tolerance:
             return
         self.losses.append(self._loss(trainer, pl_module))
+        self._stop_if_settled(trainer)
+
+    def _stop_if_settled(self, trainer: Trainer) -> None:
         least = getattr(trainer, "min_epochs", None) or 0
         self.message = ""
         if len(self.losses) >= least and has_settled(self.losses, self.tolerance):

@@ -5,11 +5,15 @@ an uninterrupted one would have drawn, and nothing that others draw from torch's
 are not cached and loader processes bring them, the first epoch's order comes from torch's generator, seeded before.)
 """
 
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Generator
-from torch.utils.data import DistributedSampler, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 
 ORDER, NOISE, PLATEAU = 0, 1, 2
 """What the numbers are for."""
@@ -21,6 +25,22 @@ def generator_for(seed: int, purpose: int, place: int, rank: int = 0, device: to
     return Generator(device).manual_seed(int(state) >> 1)
 
 
+class Rest(Sampler[int]):
+    """What a sampler gives after some images.
+
+    Args:
+        sampler: The sampler.
+        shown: How many images were shown.
+    """
+
+    def __init__(self, sampler: Sampler[int], shown: int) -> None:
+        self.sampler, self.shown = sampler, shown
+
+    def __iter__(self) -> Iterator[int]:
+        """Leave out those that were shown."""
+        return islice(iter(self.sampler), self.shown, None)
+
+
 class SeededOrder(Callback):
     """Order of the training batches, by seed and epoch.
 
@@ -30,6 +50,23 @@ class SeededOrder(Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the rest of an epoch that a checkpoint was written in: Lightning would show its first batches."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        batches: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
+        if trainer.ckpt_path is None or not progress.current.ready:
+            return
+        self.on_train_epoch_start(trainer, pl_module)  # which Lightning does not call for that epoch
+        if not progress.is_last_batch and getattr(batches, "batch_size", None):
+            batches.sampler = Rest(batches.sampler, progress.current.ready * batches.batch_size)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show all images again."""
+        del pl_module
+        batches: Any = getattr(trainer.train_dataloader, "batch_sampler", None)
+        if isinstance(getattr(batches, "sampler", None), Rest):
+            batches.sampler = batches.sampler.sampler
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the sampler its generator; a distributed one has its own, by seed and epoch."""

@@ -1,0 +1,110 @@
+"""A training that is stopped, and one that goes on from a checkpoint: nothing is lost between the two."""
+
+import os
+import signal
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Write a checkpoint beside its place and rename it: at any moment the old one or the new one is there, and whole.
+
+    Lightning's own way writes to the folder for temporary files and moves the file from there. If that is another
+    disk, moving is copying, and a process that is killed or a disk that is full meanwhile leaves half a checkpoint in
+    the place of the last whole one.
+
+    Args:
+        present: Reads checkpoints.
+    """
+
+    def __init__(self, present: TorchCheckpointIO) -> None:
+        super().__init__()
+        self.present = present
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; to a remote place, as Lightning does.
+
+        Raises:
+            RuntimeError: If the disk is full or the folder cannot be written to.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), buffer.getbuffer())
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint."""
+        return self.present.load_checkpoint(*args, **kwargs)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a checkpoint's bytes: all of them or, if that fails, none.
+
+    Raises:
+        RuntimeError: If the disk is full or the folder cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name on no content
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        last = f"the last whole one is {path}" if path.is_file() else "there is none yet"
+        msg = (
+            f"A checkpoint cannot be written to {path.parent} ({error.strerror}): make room there, or give "
+            f"--default_root_dir another folder; {last}."
+        )
+        raise RuntimeError(msg) from error
+
+
+class Resuming(Callback):
+    """Keep checkpoints whole, say how a stopped training goes on, and hand on a checkpoint with nothing left to do."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write whole checkpoints, unless the user brings a way of writing them."""
+        del pl_module
+        present = trainer.strategy.checkpoint_io
+        if stage == "fit" and getattr(type(present), "save_checkpoint", None) is TorchCheckpointIO.save_checkpoint:
+            trainer.strategy.checkpoint_io = WholeCheckpoints(present)  # type: ignore[arg-type]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Copy the checkpoint to where the model is expected, if its training had ended already."""
+        writer: Any = trainer.checkpoint_callback
+        if trainer.ckpt_path is None or not isinstance(writer, ModelCheckpoint) or not writer.dirpath:
+            return
+        source, folder = Path(trainer.ckpt_path), Path(writer.dirpath)
+        if trainer.global_step != pl_module.trained_steps or source.parent == folder or not source.is_file():
+            return
+        target = folder / f"{writer.filename or source.stem}{writer.FILE_EXTENSION}"
+        writer.best_model_path = str(target)
+        if trainer.is_global_zero:
+            write_whole(target, source.read_bytes())
+        rank_zero_info(f"The training of {source} had ended, so nothing was left to train: {target} is a copy of it.")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Say where the last checkpoint is, if a person or a machine stopped the training."""
+        del pl_module
+        if trainer.state.fn != TrainerFn.FITTING or not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            return
+        saved = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
+        way = f"give the same command --ckpt_path {saved} to go on" if saved else "there is no checkpoint to go on from"
+        rank_zero_info(f"Stopped in epoch {trainer.current_epoch}: {way}.")
+        if isinstance(exception, SIGTERMException):  # Lightning would end with 0, as if the training had ended well
+            exception.code = 128 + signal.SIGTERM

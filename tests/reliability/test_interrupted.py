@@ -1,0 +1,257 @@
+"""What a machine, or a person, does to a training: killed, stopped, started twice."""
+
+import csv
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.engine import Engine
+from commands import Command, Fault, checkpoint, place, run, runs, state, training
+
+from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.training import plateau
+from anomalib_wtflow.training.plateau import Plateau
+from conftest import callback_of, quiet_engine
+
+OURS = "anomalib_wtflow."
+STEP = f"{OURS}lightning_model:WTFlow.training_step"
+FILES = ("--model.overrides.feature_cache", "1e-6")
+"""Features in files, not in memory."""
+
+
+def half_written(descriptor: int) -> None:
+    """Leave half of a file, and end."""
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+DICE = random.Random(23)
+MOMENTS: dict[str, tuple[Any, int]] = {
+    "before the first image": (Fault(f"{OURS}training.image_check:ImageCheck.setup"), 0),
+    "while features are written": (Fault(f"{OURS}features.cache:FeatureStore.append", DICE.randrange(4)), 0),
+    "while the file of features is mapped": (Fault("torch:from_file", DICE.randrange(4)), 0),
+    "in the first epoch": (Fault(STEP, DICE.randrange(4)), 0),
+    "in a later epoch": (Fault(STEP, call := DICE.randrange(4, 12)), call // 4),
+    "while weights are averaged": (
+        Fault(f"{OURS}torch_model:WTFlowModel.average", call := DICE.randrange(4, 12)),
+        call // 4,
+    ),
+    "while the threshold is set": (
+        Fault(f"{OURS}post_processor:WTFlowPostProcessor.calibrate", call := DICE.randrange(1, 3)),
+        call,
+    ),
+    "before a checkpoint is written": (Fault(f"{OURS}training.resuming:write_whole", call := DICE.randrange(3)), call),
+    "in the middle of a checkpoint": (partial(place, "os:fsync", call := DICE.randrange(1, 3), half_written), call),
+    "after the last epoch": (Fault(f"{OURS}training.calibration:Calibration.on_train_end"), 3),
+    "in the test": (Fault(f"{OURS}reporting.verdicts:Verdicts._write"), 3),
+}
+"""What kills a training of three epochs of four steps, and how many checkpoints it has written by then."""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A training that nothing happens to: its run, its scores, its weights, and how long it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, "--help")  # imports torch
+    began = time.monotonic()
+    done = run(folder, *training(data))
+    assert done.status == 0, done.text
+    (only,) = runs(folder)
+    return SimpleNamespace(scores=scores(only), state=state(only), seconds=time.monotonic() - began)
+
+
+def scores(run: Path) -> list[dict[str, str]]:
+    """Every number of the test that ended a run."""
+    with (run / "scores.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same(run: Path, whole: SimpleNamespace) -> None:
+    """Nothing differs, bit by bit: the scores that the user is shown, and the model that is saved."""
+    assert len(whole.scores) == 10
+    assert scores(run) == whole.scores
+    saved = state(run)
+    assert saved.keys() == whole.state.keys()
+    for name, tensor in whole.state.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def again(folder: Path, data: Path, *more: Any) -> Any:
+    """Go on from the last checkpoint, as a user does, or from nothing if there is none."""
+    last = checkpoint(folder / "results/WTFlow/SyntheticParts/latest")
+    way = ("--ckpt_path", last) if last.is_file() else ()
+    done = run(folder, *training(data, *more, *way))
+    assert done.status == 0, done.text
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(moment: str, data: Path, whole: SimpleNamespace, tmp_path: Path) -> None:
+    """Whenever it was killed, the last checkpoint is whole, and what goes on from it ends as if nothing had been."""
+    fault, checkpoints = MOMENTS[moment]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    files = FILES if "features" in moment else ()
+    killed = run(tmp_path, *training(data, *files), faults=[fault], TMPDIR=str(temporary))
+    assert killed.status == -signal.SIGKILL
+    assert [path for path in temporary.rglob("*") if path.is_file() and path.stat().st_size > 0] == []
+    (first,) = runs(tmp_path)
+    assert checkpoint(first).is_file() == (checkpoints > 0)
+    if checkpoints:
+        saved = torch.load(checkpoint(first), weights_only=True)
+        assert saved["epoch"] == checkpoints - 1
+    again(tmp_path, data, *files)
+    same(runs(tmp_path)[-1], whole)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_by_the_clock(data: Path, whole: SimpleNamespace, tmp_path: Path) -> None:
+    """Four times after a random part of the time that the whole takes, whatever it was doing then."""
+    dice = random.Random(5)
+    for _ in range(4):
+        last = checkpoint(tmp_path / "results/WTFlow/SyntheticParts/latest")
+        way = ("--ckpt_path", last) if last.is_file() else ()
+        command = Command(tmp_path, *training(data, *way))
+        time.sleep(dice.uniform(0.2, 0.7) * whole.seconds)
+        command.process.kill()
+        command.process.join()
+        for each in runs(tmp_path):
+            if checkpoint(each).is_file():
+                state(each)
+    again(tmp_path, data)
+    same(runs(tmp_path)[-1], whole)
+
+
+def small(root: Path) -> SyntheticParts:
+    return SyntheticParts(root, 16, 8, 4, 64, train_batch_size=4)
+
+
+def test_a_training_that_had_settled_is_not_trained_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the epoch that the plateau made the last: Lightning alone would train one more."""
+    monkeypatch.setattr(plateau, "FIRST", 3)
+    settings: Any = {"image_size": 64, "max_epochs": 6, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.9}}
+    ended, engine = WTFlow(**settings), quiet_engine(tmp_path / "ended")
+    engine.fit(ended, datamodule=small(data))
+    assert ended.trainer.current_epoch == len(callback_of(ended, Plateau).losses) == 3
+    resumed, other = WTFlow(**settings), quiet_engine(tmp_path / "resumed")
+    other.fit(resumed, datamodule=small(data), ckpt_path=engine.best_model_path)
+    assert resumed.trainer.global_step == ended.trainer.global_step == 12
+    for name, tensor in ended.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert other.best_model_path != engine.best_model_path
+    assert Path(other.best_model_path).read_bytes() == Path(engine.best_model_path).read_bytes()
+
+
+def test_a_resumed_training_is_tested_with_what_became_of_it(data: Path, tmp_path: Path) -> None:
+    """anomalib 2.7 alone would test the checkpoint that it went on from; a test of that one still does so."""
+
+    def tested(engine: Engine) -> list[dict[str, str]]:
+        return scores(Path(engine.trainer.default_root_dir))
+
+    settings: Any = {"image_size": 64, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.0}, "visualizer": False}
+    first = quiet_engine(tmp_path / "first")
+    first.train(WTFlow(max_epochs=1, **settings), datamodule=small(data))
+    saved = first.best_model_path
+    resumed, model = quiet_engine(tmp_path / "resumed"), WTFlow(max_epochs=2, **settings)
+    resumed.train(model, datamodule=small(data), ckpt_path=saved)
+    assert model.trainer.global_step == 8
+    assert torch.load(resumed.best_model_path, weights_only=True)["global_step"] == 8
+    of_the_resumed = tested(resumed)
+    again = quiet_engine(tmp_path / "again")
+    again.test(WTFlow(**settings), datamodule=small(data), ckpt_path=resumed.best_model_path)
+    assert tested(again) == of_the_resumed
+    resumed.test(model, datamodule=small(data), ckpt_path=saved)
+    assert tested(resumed) == tested(first) != of_the_resumed
+
+
+class Shown(WTFlow):
+    """Knows which batches it was shown, in which epochs."""
+
+    shown: list[tuple[int, float]]
+
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        self.shown.append((self.current_epoch, float(batch.features.sum())))
+        return super().training_step(batch, *args)
+
+
+def test_resumed_in_the_middle_of_an_epoch(data: Path, tmp_path: Path) -> None:
+    """From checkpoints that a user's callback wrote in two epochs of four steps: the rest of it, then the next."""
+
+    def fit(name: str, **kwargs: Any) -> Shown:
+        model = Shown(image_size=64, max_epochs=2, false_alarm_rate=0.3, overrides={"plateau": 0.0})
+        model.shown = []
+        callbacks = [ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1)]
+        quiet_engine(tmp_path / name, callbacks=callbacks).fit(model, datamodule=small(data), **kwargs)
+        return model
+
+    whole = fit("whole")
+    assert len({value for _, value in whole.shown}) == 8
+    for step in (1, 4, 6):
+        resumed = fit(f"from-{step}", ckpt_path=tmp_path / "whole" / f"step={step}.ckpt")
+        assert resumed.shown == whole.shown[step:]
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_stopped_by_a_person_or_a_machine(
+    data: Path, whole: SimpleNamespace, tmp_path: Path, number: int, status: int
+) -> None:
+    """It ends soon, with a status that says so and a sentence that says how it goes on."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    stopped = run(tmp_path, *training(data, *FILES), faults=[Fault(STEP, 9, number)], TMPDIR=str(temporary))
+    assert stopped.status == status
+    (first,) = runs(tmp_path)
+    assert f": give the same command --ckpt_path {checkpoint(first)} to go on." in stopped.text
+    assert "Traceback" not in stopped.text
+    assert list(temporary.iterdir()) == []
+    again(tmp_path, data, *FILES)
+    same(runs(tmp_path)[-1], whole)
+
+
+@pytest.mark.slow
+def test_stopped_before_there_is_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    fault = Fault(f"{OURS}features.cache:FeatureStore.append", 1, signal.SIGINT)
+    stopped = run(tmp_path, *training(data), faults=[fault])
+    assert stopped.status == 1
+    assert "Stopped in epoch 0: there is no checkpoint to go on from." in stopped.text
+    assert "Traceback" not in stopped.text
+
+
+@pytest.mark.slow
+def test_two_at_once(data: Path, whole: SimpleNamespace, tmp_path: Path) -> None:
+    """The same command twice, in one folder of results and one for temporary files, drawing the same images."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    drawn = tmp_path / "drawn"
+    commands = []
+    for log in ("first.txt", "second.txt"):
+        commands.append(Command(tmp_path, *training(drawn, *FILES), log=log, TMPDIR=str(temporary)))
+        while len(runs(tmp_path)) < len(commands) and commands[-1].process.is_alive():
+            time.sleep(0.01)  # anomalib counts the runs in a folder, and two that count at the same moment collide
+    done = [command.end() for command in commands]
+    assert [each.status for each in done] == [0, 0], done
+    first, second = runs(tmp_path)
+    for each in (first, second):
+        assert [row["raw_score"] for row in scores(each)] == [row["raw_score"] for row in whole.scores]
+        for name, tensor in whole.state.items():
+            torch.testing.assert_close(state(each)[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert list(temporary.iterdir()) == []
