@@ -88,6 +88,7 @@ def inference(backbone: str, side: int | None, rounds: int) -> Line:
         model.model.update(features + torch.randn(4, *features.shape[1:]), torch.zeros(4, dtype=torch.int64))
         model.model.finalize()
         model.post_processor._image_threshold.fill_(0.5)
+        model.post_processor._pixel_threshold.fill_(0.5)
         model(image)
         while len(seconds) < rounds and sum(seconds) < ENOUGH:
             start = time.process_time()
