@@ -44,6 +44,16 @@ def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     return SimpleNamespace(model=model.eval(), root=root, checkpoint=Path(engine.best_model_path), parts=parts)
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A model of 64 px, trained for a second: the folder of its images (12 + 10 good, 2 of each defect), checkpoint."""
+    root = tmp_path_factory.mktemp("small")
+    parts = SyntheticParts(root=root, train_images=12, test_images=10, defect_images=2, side=64)
+    engine = quiet_engine(root)
+    engine.fit(WTFlow(max_epochs=2, image_size=64, false_alarm_rate=0.2, overrides={"plateau": 0.0}), datamodule=parts)
+    return SimpleNamespace(root=Path(parts.root), checkpoint=Path(engine.best_model_path))
+
+
 def quiet_engine(root: Path, **kwargs: object) -> Engine:
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Engine(default_root_dir=root, **{**options, **kwargs})

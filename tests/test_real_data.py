@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import Folder, MVTecAD
 from anomalib.models import get_model
 from lightning import seed_everything
 from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_wtflow import WTFlow
-from anomalib_wtflow.operation.data import mvtec_layout
+from anomalib_wtflow.data.layout import mvtec_layout
 from conftest import SHARED, quiet_engine
 
 pytestmark = [
@@ -44,6 +44,10 @@ def raw_test_images():
     return datamodule.test_data
 
 
+def tile_images() -> Folder:
+    return mvtec_layout(SHARED / "magnetic_tile", num_workers=0, val_split_mode="same_as_test")
+
+
 @pytest.mark.parametrize("precision", ["FP32", "INT8_PTQ"])
 def test_the_rate_holds_for_every_exported_precision(tiles: str, tmp_path: Path, precision: str) -> None:
     """Good tiles called anomalous, against the 99.9 % band of what the export's own metadata promises."""
@@ -54,7 +58,7 @@ def test_the_rate_holds_for_every_exported_precision(tiles: str, tmp_path: Path,
     from scipy.stats import betabinom
 
     compression = None if precision == "FP32" else CompressionType[precision]
-    data = mvtec_layout(SHARED / "magnetic_tile")
+    data = tile_images()
     data.setup()
     model = WTFlow.load_from_checkpoint(tiles).eval()
     path = model.to_openvino(tmp_path, compression_type=compression, datamodule=data)
@@ -73,5 +77,5 @@ def test_the_rate_holds_for_every_exported_precision(tiles: str, tmp_path: Path,
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Checkpoint of a model that has seen the tiles for a few epochs: enough for a rate."""
     engine = quiet_engine(tmp_path_factory.mktemp("tiles"))
-    engine.fit(WTFlow(max_epochs=5, overrides={"plateau": 0.0}), datamodule=mvtec_layout(SHARED / "magnetic_tile"))
+    engine.fit(WTFlow(max_epochs=5, overrides={"plateau": 0.0}), datamodule=tile_images())
     return engine.best_model_path

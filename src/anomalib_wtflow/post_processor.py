@@ -162,6 +162,22 @@ class WTFlowPostProcessor(PostProcessor):
         """Number of images that the thresholds of each product come from; 0 where that is not known."""
         return torch.bincount(self.calibration_product, minlength=len(self.effective_false_alarm_rate))
 
+    @property
+    def image_limit(self) -> Tensor:
+        """Raw scores above which an image is anomalous, by product: the thresholds, where the sensitivity is 0.5."""
+        if self.false_alarm_rate is None:
+            return self.image_threshold + (0.5 - self.image_sensitivity) * (self.image_max - self.image_min)
+        return _limit(self.image_threshold, self.image_sensitivity)
+
+    @property
+    def promised_false_alarm_rate(self) -> Tensor:
+        """By product, what share of good images is called anomalous at most; NaN where nothing is promised.
+
+        A sensitivity above 0.5 calls images anomalous below the thresholds, which the rate is of.
+        """
+        rate = self.effective_false_alarm_rate
+        return rate if self.image_sensitivity <= 0.5 else torch.full_like(rate, torch.nan)
+
     def _remember(self, scores: Tensor, product: Tensor) -> None:
         self.register_buffer("calibration_scores", scores)
         self.register_buffer("calibration_product", product)
@@ -256,10 +272,13 @@ class WTFlowPostProcessor(PostProcessor):
     def _label(self, raw: Tensor | None, threshold: Tensor, sensitivity: float) -> Tensor | None:
         if raw is None or not self.enable_thresholding:
             return None
-        # s / (s + T) > 1 - sensitivity, on the raw scale: exact at the threshold, and the same without normalisation.
-        limit = threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
         # A comparison with NaN is false: "not below" calls a broken score anomalous, and any without a threshold.
-        return ~(raw <= torch.where(threshold.isfinite(), limit, float("nan")))
+        return ~(raw <= torch.where(threshold.isfinite(), _limit(threshold, sensitivity), float("nan")))
+
+
+def _limit(threshold: Tensor, sensitivity: float) -> Tensor:
+    """Where ``s / (s + T) = 1 - sensitivity``, raw: exact at the threshold, and the same without normalisation."""
+    return threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
 
 
 def _make_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefix: str, *_: Any) -> None:

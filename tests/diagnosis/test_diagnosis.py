@@ -220,7 +220,7 @@ def test_bad_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There are no images in '.*text': give a folder of images"):
         data_sets(tmp_path / "text")
     (tmp_path / "half" / "test").mkdir(parents=True)
-    with pytest.raises(ValueError, match="has a folder 'test' but no 'train/good'"):
+    with pytest.raises(ValueError, match="has no training images: put good images into"):
         data_sets(tmp_path / "half")
 
 

@@ -19,7 +19,7 @@ def folder(parts: SyntheticParts, tmp_path: Path) -> Path:
     return Path(shutil.copytree(parts.root, tmp_path / "copy"))
 
 
-def data(folder: Path) -> Folder:
+def data(folder: Path, **kwargs: str) -> Folder:
     return Folder(
         "copy",
         "train/good",
@@ -29,6 +29,7 @@ def data(folder: Path) -> Folder:
         "ground_truth/scratch",
         num_workers=0,
         train_batch_size=4,
+        **kwargs,
     )
 
 
@@ -67,7 +68,7 @@ def test_more_than_8_bits(folder: Path, tmp_path: Path) -> None:
     model = WTFlow(image_size=64)
     with pytest.raises(ValueError, match=message):
         quiet_engine(tmp_path).predict(model, data_path=deep)
-    datamodule = data(folder)
+    datamodule = data(folder, val_split_mode="same_as_test")
     shutil.move(deep, folder / "test/good/003.png")
     with pytest.raises(ValueError, match=message):
         quiet_engine(tmp_path).test(model, datamodule=datamodule)

@@ -13,7 +13,6 @@ from anomalib import TaskType
 from anomalib.data import (
     AnomalibDataModule,
     AnomalibDataset,
-    Folder,
     ImageBatch,
     ImageItem,
     NumpyImageBatch,
@@ -22,10 +21,10 @@ from anomalib.data import (
 )
 from anomalib.data.utils import LabelName
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler, WeightedRandomSampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_wtflow._registration import register_datamodule
 from anomalib_wtflow.cli.errors import one_sentence
+from anomalib_wtflow.data.layout import GOOD, AnyFolder, has_images, mvtec_layout
 
 SETS = ("train_data", "val_data", "test_data")
 
@@ -197,24 +196,12 @@ class Products(AnomalibDataModule):
         return {name: self._folder(root / name) for name in (found if products is None else products)}
 
     def _folder(self, path: Path) -> AnomalibDataModule:
-        name, good, test = path.name, path / "train" / "good", path / "test"
+        name, good = path.name, path / GOOD
         if good.is_dir():
             if not has_images(good):
                 msg = f"The product '{name}' has no training images: put good images into '{good}'."
                 raise ValueError(msg)
-            kinds = sorted(kind.name for kind in test.iterdir() if has_images(kind)) if test.is_dir() else []
-            defects = [kind for kind in kinds if kind != "good"]
-            masks = [path.absolute() / "ground_truth" / defect for defect in defects]
-            return Folder(
-                name=name,
-                root=path,
-                normal_dir="train/good",
-                normal_test_dir="test/good" if "good" in kinds else None,
-                abnormal_dir=[f"test/{defect}" for defect in defects] or None,
-                mask_dir=masks if masks and all(has_images(mask) for mask in masks) else None,
-                val_split_mode="none",
-                seed=self.seed,
-            )
+            return mvtec_layout(path, val_split_mode="none", seed=self.seed)
         inside = [child.name for child in path.iterdir() if child.is_dir() and has_images(child)]
         if inside or not has_images(path):
             what = f"has folders ({inside[0]}) but no 'train/good'" if inside else "holds no images"
@@ -223,7 +210,7 @@ class Products(AnomalibDataModule):
                 f"'{good}'."
             )
             raise ValueError(msg)
-        return Folder(name=name, root=path, normal_dir=".", val_split_mode="none", seed=self.seed)
+        return AnyFolder(name=name, root=path, normal_dir=".", val_split_mode="none", seed=self.seed)
 
     @staticmethod
     def _modules(members: Mapping[str, Any]) -> dict[str, AnomalibDataModule]:
@@ -370,8 +357,3 @@ def batches(kinds: Sequence[bool], size: int) -> Iterator[list[int]]:
     for kind in sorted(set(kinds)):
         chosen = [place for place, each in enumerate(kinds) if each == kind]
         yield from (chosen[start : start + size] for start in range(0, len(chosen), size))
-
-
-def has_images(path: Path) -> bool:
-    """Whether a folder holds an image, at any depth."""
-    return path.is_dir() and any(file.suffix.lower() in IMG_EXTENSIONS for file in path.rglob("*"))

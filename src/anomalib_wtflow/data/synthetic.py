@@ -6,19 +6,19 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from anomalib.data import Folder
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from PIL import Image
 
 from anomalib_wtflow._registration import register_datamodule
 from anomalib_wtflow.data.drawing import DEFECTS, draw_part
+from anomalib_wtflow.data.layout import AnyFolder
 
 VERSION = 1
 """Raised when the drawings change, so that an old folder is not taken for a new one."""
 
 
 @register_datamodule
-class SyntheticParts(Folder):
+class SyntheticParts(AnyFolder):
     """Drawn flanges with scratches, stains and missing pieces, and their masks.
 
     Synthetic: what a model scores here proves nothing about real parts.

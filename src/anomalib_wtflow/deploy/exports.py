@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
-from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
+from anomalib_wtflow.deploy.quantization import count_convolutions, fitting, keep_precise, quantize
 from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
 from anomalib_wtflow.flow.solver import not_exportable
 from anomalib_wtflow.settings import Settings
@@ -84,7 +84,8 @@ class Exports:
         calibration images of the data module.
 
         Raises:
-            ValueError: If the solver is adaptive, and so does not export, or INT8_PTQ is given no data module.
+            ValueError: If the solver is adaptive, and so does not export, or INT8_PTQ is given no data module, or
+                images that a fixed ``input_size`` does not fit.
         """
         parent: Any = super()
         given = signature(parent.to_openvino).bind(*args, **kwargs).arguments
@@ -121,7 +122,8 @@ class Exports:
         else:
             data = self._chosen(datamodule).data
             self._raise_for_others(data, post)
-            scores = thresholds.scores(data[index].image[None].numpy() for index in range(len(data)))
+            images = fitting(model, (data[index].image[None].numpy() for index in range(len(data))))
+            scores = thresholds.scores(images)
             post.calibrate(*scores, count=len(self.product_names))
         for name in NAMES:
             thresholds.set(name, post.get_buffer(name))
@@ -141,7 +143,7 @@ class Exports:
         places = list(range(len(data))) if kept is None else kept
         step = max(1.0, len(places) / RANGE_IMAGES)
         chosen = [places[int(k * step)] for k in range(min(RANGE_IMAGES, len(places)))]
-        images = [data[place].image[None].numpy() for place in chosen]
+        images = list(fitting(model, (data[place].image[None].numpy() for place in chosen)))
         return quantize(model, images, count_convolutions(self.model.feature_extractor))
 
     def _calibrates(self, compression: Any) -> bool:

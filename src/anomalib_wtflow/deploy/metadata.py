@@ -28,8 +28,9 @@ def describe(model: Any, post: Any, precision: str, promised: bool) -> dict[str,
             "pixel_threshold": _numbers(post.pixel_threshold.tolist()),
             "calibration_images": json.dumps(post.calibration_images.tolist()),
         }
-        if promised:
-            said["promised_false_alarm_rate"] = _numbers(post.effective_false_alarm_rate.tolist())
+        rates = post.promised_false_alarm_rate
+        if promised and not rates.isnan().any():
+            said["promised_false_alarm_rate"] = _numbers(rates.tolist())
     if len(model.product_names) > 1:
         said["products"] = json.dumps(list(model.product_names), ensure_ascii=False)
     return said

@@ -5,6 +5,7 @@ The backbone's stem, which reads the image, and the tail, flow and score, are se
 
 import logging
 import xml.etree.ElementTree as ET  # nosec B405  # for what OpenVINO has just written
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,26 @@ def residual_names(model: Any) -> list[str]:
         if operation.get_type_name() == "Add" and all(source.get_type_name() != "Constant" for source in sources):
             names.append(operation.get_friendly_name())
     return names
+
+
+def fitting(model: Any, images: Iterable[Any]) -> Iterator[Any]:
+    """Yield images ``(1, 3, H, W)`` that an OpenVINO model can read.
+
+    Raises:
+        ValueError: If the model was exported for one size, and an image has another.
+    """
+    import openvino
+
+    shape = model.input(0).partial_shape
+    for image in images:
+        if not openvino.PartialShape(list(image.shape)).compatible(shape):
+            wanted, given = (" x ".join(map(str, sides)) for sides in (list(shape)[-2:], image.shape[-2:]))
+            msg = (
+                f"The export is for images of {wanted} pixels (--input_size), and the data has one of {given}, so no "
+                "8-bit ranges and thresholds come from it: leave --input_size out, or give data of that size."
+            )
+            raise ValueError(msg)
+        yield image
 
 
 def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:

@@ -4,11 +4,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anomalib.data import AnomalibDataModule, Folder, PredictDataset, UnknownDatamoduleError, get_datamodule
+from anomalib.data import AnomalibDataModule, PredictDataset, UnknownDatamoduleError, get_datamodule
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from anomalib_wtflow.data.layout import mvtec_layout, plain_paths
 from anomalib_wtflow.data.products import Products
+from anomalib_wtflow.training.data_errors import explained
 
 
 class DataSets(NamedTuple):
@@ -40,13 +42,16 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
         if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
             data = from_config(path)
         elif (path / "test").is_dir():
-            data = mvtec_layout(path)
+            data = mvtec_layout(path, num_workers=0, val_split_mode="same_as_test")
         elif any((folder / "train" / "good").is_dir() for folder in path.glob("*")):
             data = Products(root=path)
         else:
             return DataSets(None, images_of(path))
     data.prepare_data()
-    data.setup()
+    try:
+        data.setup()
+    except Exception as error:
+        raise ValueError(explained(error, data) or f"The data module {data.name} cannot be set up: {error}") from error
     if len(data.test_data) == 0:
         msg = f"The data module {data.name} has no test images: give it some, good and defective."
         raise ValueError(msg)
@@ -60,7 +65,8 @@ def images_of(path: Path) -> PredictDataset:
         ValueError: If there are none.
     """
     try:
-        return PredictDataset(path)
+        with plain_paths() as plain:
+            return PredictDataset(plain(path))
     except (RuntimeError, ValueError) as error:
         msg = f"There are no images in '{path}': give a folder of images, or one in MVTec's layout, or a YAML file."
         raise ValueError(msg) from error
@@ -85,26 +91,3 @@ def from_config(path: Path) -> AnomalibDataModule:
     except UnknownDatamoduleError as error:
         msg = f"'{path}' names '{config.class_path}', which is no data module of anomalib: give one, such as Folder."
         raise ValueError(msg) from error
-
-
-def mvtec_layout(root: Path) -> Folder:
-    """Build a data module of a folder with ``train/good``, ``test/<kind>`` and, if there are masks, ``ground_truth``.
-
-    Raises:
-        ValueError: If there are no good training images.
-    """
-    if not (root / "train" / "good").is_dir():
-        msg = f"'{root}' has a folder 'test' but no 'train/good': give a folder in MVTec's layout, or of images alone."
-        raise ValueError(msg)
-    defects = sorted(folder.name for folder in (root / "test").iterdir() if folder.is_dir() and folder.name != "good")
-    masks = [f"ground_truth/{defect}" for defect in defects]
-    return Folder(
-        name=root.name,
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good" if (root / "test" / "good").is_dir() else None,
-        abnormal_dir=[f"test/{defect}" for defect in defects] or None,
-        mask_dir=masks if masks and all((root / mask).is_dir() for mask in masks) else None,
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )

@@ -31,6 +31,8 @@ class Summary:
     highest: list[dict[str, Any]] = field(default_factory=list)
     promises: dict[str, float] = field(default_factory=dict)
     """By product, what share of good images may be called anomalous at most."""
+    limit: float = 0.5
+    """Score above which an image is anomalous."""
 
     def plain(self) -> dict[str, Any]:
         """Return all of it but the rows, which the file has."""
@@ -51,7 +53,7 @@ def sentences(summary: Summary) -> list[str]:
         lines.append(f"Of {s.truly_anomalous} defective ones {s.misses} called good.")
     if s.scores:
         least, median, greatest = s.scores
-        lines.append(f"Scores from {least:.3f} to {greatest:.3f}, median {median:.3f}; above 0.5 is anomalous.")
+        lines.append(f"Scores from {least:.3f} to {greatest:.3f}, median {median:.3f}; above {s.limit:g} is anomalous.")
     if s.truly_anomalous and not s.truly_good:
         lines.append("There are no good images, so AUROC, F1 and false alarms cannot be measured: give some.")
     if s.truly_good and not s.truly_anomalous:

@@ -31,8 +31,8 @@ COLUMNS = (
     "largest_pixel",
     "outlined",
 )
-"""``product`` only for models of several; ``threshold`` is the raw score's; ``largest_pixel`` is of the normalised map;
-``outlined`` is the share of the image above the pixel threshold."""
+"""``product`` only for models of several; ``threshold`` is the raw score's, at the model's sensitivity;
+``largest_pixel`` is of the normalised map; ``outlined`` is the share of the image above the pixel threshold."""
 NUMBERS = {"raw_score", "pred_score", "threshold", "largest_pixel", "outlined"}
 
 
@@ -116,10 +116,12 @@ class Verdicts(Callback):
                 if other.is_file():  # not where another machine keeps it
                     file.writelines(other.read_text(encoding="utf-8").splitlines(keepends=True)[1:])
                     other.unlink()
-        rates = getattr(pl_module.post_processor, "effective_false_alarm_rate", torch.empty(0)).tolist()
+        post = pl_module.post_processor
+        rates = getattr(post, "promised_false_alarm_rate", torch.empty(0)).tolist()
         promises = dict(zip(pl_module.product_names, rates, strict=False))
+        limit = float(getattr(post, "normalized_image_threshold", 0.5))
         with one_sentence_for(path.with_suffix(".json")):
-            summary = to_json(path, {name: rate for name, rate in promises.items() if rate == rate})
+            summary = to_json(path, {name: rate for name, rate in promises.items() if rate == rate}, limit)
         show(summary, path)
 
 
@@ -144,7 +146,7 @@ def rows_of(model: Any, batch: Any) -> list[dict[str, Any]]:
     """Return a row for each image of a batch that the model and its post-processor have judged."""
     count = len(batch.pred_score)
     post, known = model.post_processor, batch.recognition
-    threshold = getattr(post, "image_threshold", torch.tensor(torch.nan))
+    threshold = getattr(post, "image_limit", getattr(post, "image_threshold", torch.tensor(torch.nan)))
     rows = own(threshold, known.product) if threshold.numel() > 1 else threshold.reshape(1).expand(count)
     columns: dict[str, list[Any]] = {
         "image_path": [str(path) for path in batch.image_path or [""] * count],
@@ -180,14 +182,15 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             yield {name: None if text == "" else float(text) if name in NUMBERS else text for name, text in row.items()}
 
 
-def to_json(path: Path, promises: dict[str, float]) -> Summary:
+def to_json(path: Path, promises: dict[str, float], limit: float = 0.5) -> Summary:
     """Write the rows of a CSV file as JSON beside it, one by one, and sum them up.
 
     Args:
         path: The CSV file.
         promises: By product, what share of good images may be called anomalous at most.
+        limit: Normalised score above which an image is anomalous.
     """
-    summary, scores = Summary(promises=promises), []
+    summary, scores = Summary(promises=promises, limit=limit), []
     highest: list[tuple[float, int, dict[str, Any]]] = []
     with path.with_suffix(".json").open("w", encoding="utf-8") as file:
         file.write('{"images": [')

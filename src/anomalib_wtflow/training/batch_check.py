@@ -20,8 +20,11 @@ class BatchCheck(Callback):
         loader: Any = trainer.train_dataloader
         images_a_batch = min(getattr(loader, "batch_size", None) or 2, len(loader.dataset))
         if coupling in BATCH_COUPLINGS and images_a_batch == 1:
+            single = len(loader.dataset) == 1
+            why = "there is one, beside those for the threshold" if single else "the batch size is 1"
+            way = "give more normal images" if single else "raise --data.train_batch_size"
             msg = (
-                f"coupling '{coupling}' rearranges noise between the images of a batch, and the batch size is 1: raise "
-                "--data.train_batch_size, or choose worst_of_two, antipodal or independent."
+                f"coupling '{coupling}' rearranges noise between the images of a batch, and {why}: {way}, or choose "
+                "worst_of_two, antipodal or independent."
             )
             raise ValueError(msg)

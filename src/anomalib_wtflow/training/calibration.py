@@ -161,9 +161,14 @@ class Calibration(GivesBack):
         for place, (name, n) in enumerate(zip(self._names, self._counts, strict=True)):
             given = float(post.effective_false_alarm_rate[place])
             of = f" of '{name}'" if len(self._names) > 1 else ""
+            promise = (
+                f"image_sensitivity {post.image_sensitivity:g} calls some below it anomalous, so no rate is promised"
+                if post.promised_false_alarm_rate[place].isnan()
+                else f"a good image is called anomalous with a probability of at most {given:.2%}"
+            )
             rank_zero_info(
                 f"Threshold{of} {float(post.image_threshold[place]):.4g} from {n} normal images that were not trained "
-                f"on: a good image is called anomalous with a probability of at most {given:.2%}."
+                f"on: {promise}."
             )
             if given > asked * (1 + 1e-6):  # the buffer is float32
                 few.append((of, n, given))

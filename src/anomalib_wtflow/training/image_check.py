@@ -1,15 +1,24 @@
 """Check of the image files: one clear sentence instead of a worker's traceback."""
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
+
+from anomalib_wtflow.training.data_errors import explained
 
 NOT_IMAGES = (".npy", ".mp4", ".avi")
 """Files that anomalib reads by other means."""
+LOADERS = {
+    TrainerFn.FITTING: ("train_dataloader", "val_dataloaders"),
+    TrainerFn.VALIDATING: ("val_dataloaders",),
+    TrainerFn.TESTING: ("test_dataloaders",),
+    TrainerFn.PREDICTING: ("predict_dataloaders",),
+}
+"""Where a trainer keeps the loaders of a run; those of the run before it keeps, too."""
 
 
 def image_paths(dataset: Any, masks: bool = True) -> list[str]:
@@ -108,23 +117,15 @@ class ImageCheck(Callback):
         self.on_test_start(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Name the broken files when reading one of them has failed, or the folder in which anomalib found no image.
+        """Name the broken files when reading one has failed, or say what is wrong with the data module's folders.
 
         Raises:
-            ValueError: If a file does not decode, a folder is empty, or there is a single training image.
+            ValueError: If a file does not decode, or the data module cannot be set up (:func:`explained`).
         """
         del pl_module
-        train_data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
-        if train_data is not None and len(train_data) < 2 and isinstance(exception, ValueError | IndexError):
-            msg = (
-                f"The training set holds {len(train_data)} normal images, too few to train and to set a threshold: "
-                "give at least 2, and some hundred for a low false-alarm rate."
-            )
-            raise ValueError(msg) from exception
-        empty = re.match(r"Found 0 \S+ images in (.+?)( with extensions|$)", str(exception))
-        if empty:
-            msg = f"There are no images in '{empty[1]}': put images there, or give the data module another folder."
-            raise ValueError(msg) from exception
+        sentence = explained(exception, getattr(trainer, "datamodule", None))
+        if sentence:
+            raise ValueError(sentence) from exception
         if isinstance(exception, OSError | SyntaxError | Image.DecompressionBombError):
             self._raise_for_unreadable(trainer, decode=True, cause=exception)
 
@@ -133,11 +134,13 @@ class ImageCheck(Callback):
 
     @staticmethod
     def _datasets(trainer: Trainer) -> Iterator[Any]:
-        datamodule = getattr(trainer, "datamodule", None)
+        # All sets of a fit; of a later run, which may be given loaders, what it shows.
+        run = trainer.state.fn or TrainerFn.FITTING
+        datamodule = getattr(trainer, "datamodule", None) if run == TrainerFn.FITTING else None
         for name in ("train_data", "val_data", "test_data"):
             if hasattr(datamodule, name):
                 yield getattr(datamodule, name)
-        for name in ("train_dataloader", "val_dataloaders", "test_dataloaders", "predict_dataloaders"):
+        for name in LOADERS[run]:
             loaders: Any = getattr(trainer, name, None)
             for loader in loaders if isinstance(loaders, list) else [loaders]:
                 if hasattr(loader, "dataset"):

@@ -1,0 +1,451 @@
+"""Data sets that a factory can have: few images, odd folders, one-sided validation and test sets."""
+
+import math
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.data import Folder, PredictDataset
+from anomalib.data.utils.path import validate_path
+from anomalib.deploy import CompressionType
+from anomalib.metrics import AUPIMO, AUROC, Evaluator
+from anomalib.models import Padim
+from anomalib.post_processing import PostProcessor
+from scipy.stats import mannwhitneyu
+from small import folder, model
+from torch.utils.data import DataLoader
+
+from anomalib_wtflow import Products, SyntheticParts, WTFlow, WTFlowPostProcessor, calibrate
+from anomalib_wtflow.deploy.quantization import fitting
+from anomalib_wtflow.operation.calibrate import ALPHA, could_tell
+from anomalib_wtflow.operation.data import data_sets
+from anomalib_wtflow.reporting.verdicts import read
+from conftest import quiet_engine
+
+NAME = "Prüfung 良品"
+
+
+@pytest.fixture
+def copy(small: SimpleNamespace, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small.root, tmp_path / "copy"))
+
+
+def keep(root: Path, count: int) -> Path:
+    """Leave so many training images."""
+    for path in sorted((root / "train" / "good").iterdir())[count:]:
+        path.unlink()
+    return root
+
+
+def fit(data: Any, tmp_path: Path, **kwargs: Any) -> WTFlow:
+    trained = model(**kwargs)
+    quiet_engine(tmp_path / "results").fit(trained, datamodule=data)
+    assert trained.post_processor.image_threshold.isfinite().all()
+    return trained
+
+
+def metrics_of(data: Any, small: SimpleNamespace, tmp_path: Path) -> dict[str, float]:
+    (metrics,) = quiet_engine(tmp_path / "results").test(
+        model(), datamodule=data, ckpt_path=small.checkpoint, verbose=False
+    )
+    return dict(metrics)
+
+
+# Few training images --------------------------------------------------------------------------------------------------
+
+
+def alone(root: Path, **kwargs: Any) -> Folder:
+    """Good images alone, of which anomalib sets a fifth aside."""
+    return Folder("alone", "train/good", root, num_workers=0, seed=0, **kwargs)
+
+
+def as_products(root: Path) -> Products:
+    """The same images, below a folder of products."""
+    target = root.parent / "plant" / "bolts"
+    shutil.copytree(root / "train" / "good", target)
+    return Products(root=target.parent, num_workers=0, seed=0)
+
+
+@pytest.mark.parametrize("make", [alone, folder, as_products])
+def test_one_image_is_too_few(copy: Path, tmp_path: Path, make: Any) -> None:
+    with pytest.raises(ValueError, match="The training set holds 1 normal images, too few to train"):
+        fit(make(keep(copy, 1)), tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_folder_of_which_a_fifth_is_no_image(copy: Path, tmp_path: Path, count: int) -> None:
+    """anomalib itself says "not enough values to unpack", to its own models, too."""
+    with pytest.raises(ValueError, match=f"Of {count} normal images anomalib sets none aside to test and validate on"):
+        fit(alone(keep(copy, count)), tmp_path)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        quiet_engine(tmp_path).fit(Padim(backbone="resnet18", pre_trained=False), datamodule=alone(copy))
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "promised"),
+    [(alone, 5, 1 / 2), (folder, 2, 1 / 6), (folder, 5, 1 / 6), (as_products, 3, 1 / 2), (as_products, 5, 1 / 2)],
+)
+def test_a_few_images_train_and_say_what_they_promise(
+    copy: Path, tmp_path: Path, make: Any, count: int, promised: float
+) -> None:
+    """One image sets the threshold, or the five good ones of the validation set."""
+    trained = fit(make(keep(copy, count)), tmp_path, false_alarm_rate=max(0.2, promised))
+    assert trained.post_processor.promised_false_alarm_rate.item() == pytest.approx(promised)
+
+
+def test_two_images_of_which_one_sets_the_threshold(copy: Path, tmp_path: Path) -> None:
+    data = folder(keep(copy, 2), val_split_mode="same_as_test")
+    with pytest.raises(ValueError, match="and there is one, beside those for the threshold: give more normal images"):
+        fit(data, tmp_path, false_alarm_rate=0.5)
+    trained = fit(data, tmp_path, overrides={"coupling": "worst_of_two"}, false_alarm_rate=0.5)
+    assert trained.post_processor.promised_false_alarm_rate.item() == pytest.approx(1 / 2)
+
+
+def test_the_same_image_over_and_over(copy: Path, tmp_path: Path) -> None:
+    """A covariance of rank zero: the scores are finite, and other parts are anomalous."""
+    paths = sorted((copy / "train" / "good").iterdir())
+    for path in paths[1:]:
+        shutil.copy(paths[0], path)
+    trained = fit(folder(copy, val_split_mode="same_as_test"), tmp_path, false_alarm_rate=0.5)
+    batches = quiet_engine(tmp_path).predict(trained.eval(), data_path=copy / "test" / "scratch")
+    assert all(bool(batch.pred_label) and batch.pred_score.isfinite() for batch in batches)
+
+
+def test_each_image_twice_gives_the_same_normalisation(copy: Path, tmp_path: Path) -> None:
+    once = fit(folder(copy), tmp_path).model.normalization.state_dict()
+    for path in sorted((copy / "train" / "good").iterdir()):
+        shutil.copy(path, path.with_name(f"again-{path.name}"))
+    twice = fit(folder(copy), tmp_path).model.normalization.state_dict()
+    for name, value in once.items():
+        torch.testing.assert_close(twice[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+# Validation and test sets ---------------------------------------------------------------------------------------------
+
+
+def test_validation_without_normal_images(copy: Path, tmp_path: Path) -> None:
+    """The threshold comes from training images, then."""
+    data = Folder("bad", "train/good", copy, "test/scratch", num_workers=0, seed=0, test_split_mode="none")
+    trained = fit(data, tmp_path, false_alarm_rate=0.5)
+    assert trained.post_processor.calibration_images.tolist() == [2]
+    assert not (data.val_data.samples["label_index"] == 0).any()
+
+
+def test_validation_without_anomalies(copy: Path, tmp_path: Path) -> None:
+    data = Folder("good", "train/good", copy, normal_test_dir="test/good", num_workers=0, seed=0)
+    assert fit(data, tmp_path).post_processor.calibration_images.tolist() == [5]
+    with pytest.raises(ValueError, match="needs defective validation images, and there are none"):
+        fit(data, tmp_path, false_alarm_rate=None)
+
+
+def test_validation_of_one_image(copy: Path, tmp_path: Path) -> None:
+    for path in sorted((copy / "test" / "good").iterdir())[2:]:
+        path.unlink()
+    data = Folder("good", "train/good", copy, normal_test_dir="test/good", num_workers=0, seed=0)
+    trained = fit(data, tmp_path, false_alarm_rate=0.5)
+    assert len(data.val_data) == len(data.test_data) == 1
+    assert trained.post_processor.promised_false_alarm_rate.item() == pytest.approx(1 / 2)
+
+
+def test_no_validation_set_at_all(copy: Path, tmp_path: Path) -> None:
+    """anomalib's own models end with an AttributeError."""
+    data = folder(copy, val_split_mode="none")
+    with pytest.raises(ValueError, match=r"There is no validation set \(val_split_mode none\), which anomalib"):
+        fit(data, tmp_path)
+    with pytest.raises(AttributeError, match="val_data"):
+        quiet_engine(tmp_path).fit(Padim(backbone="resnet18", pre_trained=False), datamodule=data)
+    trained = model(false_alarm_rate=0.5)
+    quiet_engine(tmp_path, limit_val_batches=0).fit(trained, datamodule=data)
+    assert trained.post_processor.image_threshold.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [{"train_batch_size": 1}, {"eval_batch_size": 1}, {"eval_batch_size": 1000}])
+def test_batch_sizes_do_not_change_the_statistics(
+    copy: Path, tmp_path: Path, sizes: dict[str, int], small: SimpleNamespace
+) -> None:
+    overrides = {"plateau": 0.0, "coupling": "worst_of_two"}
+    usual, other = (fit(folder(copy, **each), tmp_path, overrides=overrides) for each in ({}, sizes))
+    for name, value in usual.model.normalization.state_dict().items():
+        torch.testing.assert_close(other.model.normalization.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    if "train_batch_size" not in sizes:
+        threshold = usual.post_processor.image_threshold
+        torch.testing.assert_close(other.post_processor.image_threshold, threshold, rtol=1e-4, atol=0)
+        rows = [metrics_of(folder(copy, **each), small, tmp_path) for each in ({}, sizes)]
+        assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_a_batch_larger_than_the_data(copy: Path, tmp_path: Path) -> None:
+    trained = fit(folder(copy, train_batch_size=1000), tmp_path)
+    assert trained.trainer.global_step == 2  # one in each epoch
+
+
+def test_a_batch_of_one_image(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="and the batch size is 1: raise --data"):
+        fit(folder(copy, train_batch_size=1), tmp_path)
+
+
+def defects_alone(root: Path, masks: bool = True) -> Folder:
+    return Folder(
+        "bad",
+        "train/good",
+        root,
+        "test/scratch",
+        mask_dir="ground_truth/scratch" if masks else None,
+        num_workers=0,
+        test_split_mode="none",
+        val_split_mode="same_as_test",
+    )
+
+
+def test_defects_alone_have_pixel_metrics(small: SimpleNamespace, tmp_path: Path) -> None:
+    """Those of the masks, and none that compares images."""
+    metrics = metrics_of(defects_alone(small.root), small, tmp_path)
+    assert sorted(metrics) == ["pixel_AUROC", "pixel_F1Score"]
+    trained = model()
+    batches = quiet_engine(tmp_path).predict(trained, datamodule=defects_alone(small.root), ckpt_path=small.checkpoint)
+    auroc = AUROC(fields=["anomaly_map", "gt_mask"])
+    for batch in batches:
+        auroc.update(batch)
+    assert metrics["pixel_AUROC"] == pytest.approx(auroc.compute().item())
+    assert metrics_of(defects_alone(small.root, masks=False), small, tmp_path) == {}
+
+
+def test_metrics_that_need_good_images_are_left_out(small: SimpleNamespace, tmp_path: Path) -> None:
+    evaluator = Evaluator(test_metrics=[AUPIMO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")])
+    (metrics,) = quiet_engine(tmp_path).test(
+        model(evaluator=evaluator), datamodule=defects_alone(small.root), ckpt_path=small.checkpoint, verbose=False
+    )
+    assert metrics == {}
+    assert len(evaluator.test_metrics) == 1
+
+
+def test_one_good_image_to_test_on(copy: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    for path in sorted((copy / "test" / "good").iterdir())[1:]:
+        path.unlink()
+    metrics = metrics_of(folder(copy, val_split_mode="same_as_test"), small, tmp_path)
+    assert set(metrics) == {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"}
+
+
+def test_loaders_after_a_fit_are_looked_at_themselves(copy: Path, tmp_path: Path) -> None:
+    """What can be measured is told by the images that are tested, not by the data module of the fit before."""
+    trained, engine, data = model(), quiet_engine(tmp_path), folder(copy)
+    engine.fit(trained, datamodule=data)
+    good = alone(copy)
+    good.normal_test_dir = "test/good"
+    good.setup()
+    assert not (good.test_data.samples["label_index"] == 1).any()
+    results = [
+        engine.test(trained, dataloaders=DataLoader(each, collate_fn=each.collate_fn), verbose=False)[0]
+        for each in (good.test_data, data.test_data)
+    ]
+    assert results[0] == {}
+    assert {"image_AUROC", "pixel_AUROC"} <= set(results[1])
+    only = alone(copy)
+    only.setup()
+    one_sided = model(false_alarm_rate=0.5)
+    engine = quiet_engine(tmp_path)
+    engine.fit(one_sided, datamodule=only)
+    assert (
+        "image_AUROC"
+        in engine.test(
+            one_sided, dataloaders=DataLoader(data.test_data, collate_fn=data.test_data.collate_fn), verbose=False
+        )[0]
+    )
+
+
+# Paths ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["with space", "quote'\"[x]*"])
+def test_odd_names(copy: Path, small: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    root = copy.rename(tmp_path / name)
+    fit(folder(root), tmp_path)
+    assert "image_AUROC" in metrics_of(folder(root), small, tmp_path)
+    batches = quiet_engine(tmp_path).predict(model(), data_path=root / "test" / "good", ckpt_path=small.checkpoint)
+    assert len(batches) == 10
+
+
+def test_our_data_modules_read_folders_of_any_name(copy: Path, tmp_path: Path) -> None:
+    """Products, the drawn parts, and the folders that `calibrate` and `diagnose` take."""
+    for kind in ("test", "ground_truth"):
+        (copy / kind / "scratch").rename(copy / kind / "Kratzer ü")
+    plant = tmp_path / NAME
+    shutil.copytree(copy, plant / "Größe")
+    shutil.copytree(copy / "train" / "good", plant / "nur gute ö")
+    trained = model(visualizer=True, false_alarm_rate=0.5)
+    engine = quiet_engine(tmp_path / "results")
+    data = Products(root=plant, num_workers=0, seed=0)
+    (metrics,) = engine.train(trained, datamodule=data)
+    assert {"image_AUROC", "pixel_AUROC"} <= set(metrics)
+    rows = list(read(next((tmp_path / "results").rglob("scores.csv"))))
+    assert {str(plant / "Größe" / "test" / "Kratzer ü" / "000.png")} <= {row["image_path"] for row in rows}
+    assert list((tmp_path / "results").rglob("images/**/Größe/**/000.png"))
+    assert data.members["Größe"].normal_dir == "train/good"
+    test = data_sets(plant / "Größe").test
+    assert str(plant / "Größe" / "test" / "Kratzer ü" / "001.png") in set(test.samples["image_path"])
+    assert len(data_sets(plant / "nur gute ö").test) == 12
+    parts = SyntheticParts(root=tmp_path / NAME / "drawn", train_images=2, test_images=2, defect_images=1, side=32)
+    parts.setup()
+    assert len(parts.train_data) == 2
+
+
+def test_anomalibs_own_folders_must_be_of_ascii_names(copy: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    """A limit of anomalib: of `Folder` we say so; a prediction of a path fails before the model is asked."""
+    root = copy.rename(tmp_path / NAME)
+    with pytest.raises(ValueError, match=r"read no path with characters beyond ASCII, such as .* take --data Products"):
+        fit(folder(root), tmp_path)
+    engine = quiet_engine(tmp_path)
+    with pytest.raises(ValueError, match="Path contains non-printable characters"):
+        engine.predict(model(), data_path=root / "test" / "good", ckpt_path=small.checkpoint)
+    link = tmp_path / "plain"
+    link.symlink_to(root)
+    batches = engine.predict(model(), data_path=link / "test" / "good", ckpt_path=small.checkpoint)
+    assert [Path(path).parent for batch in batches for path in batch.image_path] == [root / "test" / "good"] * 10
+    shutil.copy(link / "test/good/000.png", tmp_path / "good-ü.png")  # the names of files are free
+    (tmp_path / "files").mkdir()
+    (tmp_path / "good-ü.png").rename(tmp_path / "files" / "good-ü.png")
+    assert len(engine.predict(model(), data_path=tmp_path / "files", ckpt_path=small.checkpoint)) == 1
+
+
+@pytest.mark.parametrize("target", ["loop.png", "nowhere.png"])
+@pytest.mark.parametrize("place", ["train/good", "test/good", "test/scratch"])
+def test_links_that_lead_nowhere_are_named(copy: Path, tmp_path: Path, target: str, place: str) -> None:
+    link = copy / place / "loop.png"
+    link.symlink_to(target)
+    sentence = f"The image '{link}' is a link that leads nowhere: remove it"
+    with pytest.raises(ValueError, match=sentence):
+        fit(folder(copy), tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        data_sets(copy)
+    with pytest.raises(FileNotFoundError, match=f"File not found: {link}"):  # anomalib, before the model is asked
+        PredictDataset(copy / place)
+
+
+def test_links_to_folders_that_hold_themselves_are_not_followed(copy: Path, tmp_path: Path) -> None:
+    (copy / "train" / "good" / "again").symlink_to(copy / "train" / "good")
+    (copy / "train" / "good" / "folder.png").mkdir()
+    data = folder(copy)
+    fit(data, tmp_path)
+    assert len(data.train_data) == 12
+
+
+def test_linked_images_and_folders(copy: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    (copy / "test" / "good" / "linked.png").symlink_to(small.root / "test" / "good" / "000.png")
+    data = folder(link, val_split_mode="same_as_test")
+    metrics_of(data, small, tmp_path)
+    rows = {Path(row["image_path"]).name: row for row in read(next((tmp_path / "results").rglob("scores.csv")))}
+    assert rows["linked.png"]["raw_score"] == rows["000.png"]["raw_score"] or len(data.test_data) == 13
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_data(copy: Path, tmp_path: Path) -> None:
+    for path in [*copy.rglob("*"), copy]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    fit(folder(copy), tmp_path)
+
+
+def test_nothing_is_written_beside_the_data(copy: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    """So data can be read-only; the whole of a training, a test and a prediction."""
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    trained, engine = model(), quiet_engine(tmp_path / "results")
+    engine.train(trained, datamodule=folder(copy))
+    engine.predict(trained, data_path=copy / "test" / "good")
+    calibrate(small.checkpoint, copy / "test" / "good", tmp_path / "moved.ckpt")
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "fewest"), [(20, 6), (200, 4), (1000, 4)])
+def test_few_new_images_do_not_tell_whether_the_process_has_moved(old: int, fewest: int) -> None:
+    """Even in the highest eighth of the old scores; the limit is where scipy's test begins to show that."""
+    for new in range(1, 12):
+        eighth = [old * 7 // 8 - 0.9 + 0.01 * k for k in range(new)]
+        shows = mannwhitneyu(eighth, range(old)).pvalue < ALPHA
+        assert could_tell(new, old, ALPHA) == shows == (new >= fewest)
+    assert not could_tell(5, 0, ALPHA)
+
+
+def test_calibrate_on_one_image_says_that_it_cannot_tell(copy: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    for path in sorted((copy / "test" / "good").iterdir())[1:]:
+        path.unlink()
+    said = str(calibrate(small.checkpoint, copy / "test" / "good", tmp_path / "moved.ckpt"))
+    assert "1 image is too few to tell whether the process has moved (Mann-Whitney, p = " in said
+    assert "score like" not in said
+
+
+@pytest.mark.parametrize(("sensitivity", "promised"), [(0.3, True), (0.5, True), (0.7, False)])
+def test_another_sensitivity_moves_the_threshold_that_is_written_and_the_promise(
+    small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], sensitivity: float, promised: bool
+) -> None:
+    """A score is anomalous if it is above 1 - sensitivity, which in raw scores is T (1 - sensitivity) / sensitivity."""
+    judged = WTFlow.load_from_checkpoint(small.checkpoint)
+    judged.post_processor.image_sensitivity = sensitivity
+    quiet_engine(tmp_path).test(judged, datamodule=folder(small.root, val_split_mode="same_as_test"), verbose=False)
+    threshold = float(judged.post_processor.image_threshold) * (1 - sensitivity) / sensitivity
+    for row in read(next(tmp_path.rglob("scores.csv"))):
+        assert row["threshold"] == pytest.approx(threshold, rel=1e-6)
+        assert (row["pred_label"] == "anomalous") == (row["raw_score"] > row["threshold"])
+    out = capsys.readouterr().out
+    assert f"above {1 - sensitivity:g} is anomalous" in out
+    assert ("promised." in out) == promised
+
+
+def test_training_with_a_high_sensitivity_promises_nothing(
+    copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    post = WTFlowPostProcessor(0.2, image_sensitivity=0.7)
+    with caplog.at_level("INFO"):
+        fit(folder(copy), tmp_path, post_processor=post)
+    assert "image_sensitivity 0.7 calls some below it anomalous, so no rate is promised." in caplog.text
+    assert post.promised_false_alarm_rate.isnan().all()
+    assert post.effective_false_alarm_rate.item() == pytest.approx(1 / 6)
+
+
+def test_the_limit_of_anomalibs_f1_threshold() -> None:
+    """Its normalised scores are 0.5 at the threshold, and linear in raw ones."""
+    post = WTFlowPostProcessor(None, image_sensitivity=0.7)
+    for name, value in (("_image_threshold", 3.0), ("image_min", 1.0), ("image_max", 6.0)):
+        getattr(post, name).fill_(value)
+    limit = post.image_limit
+    assert PostProcessor._normalize(limit, post.image_min, post.image_max, post.image_threshold).item() == (
+        pytest.approx(1 - 0.7)
+    )
+    assert math.isclose(limit.item(), 2.0, rel_tol=1e-6)
+
+
+SIZE = r"The export is for images of 96 x 96 pixels \(--input_size\), and the data has one of 64 x 64"
+
+
+def test_images_of_another_size_than_a_graph_reads_are_refused() -> None:
+    image = np.zeros((1, 3, 64, 64), np.float32)
+    for shape, fits in (([-1, 3, -1, -1], True), ([1, 3, 64, 64], True), ([1, 3, 96, 96], False)):
+        parameter = ov.opset13.parameter(shape, np.float32)
+        graph = ov.Model([ov.opset13.relu(parameter)], [parameter])
+        with nullcontext() if fits else pytest.raises(ValueError, match=SIZE):
+            assert list(fitting(graph, [image])) == [image]
+
+
+@pytest.mark.slow
+def test_a_quantised_export_of_a_fixed_size_needs_images_of_that_size(small: SimpleNamespace, tmp_path: Path) -> None:
+    exported = WTFlow.load_from_checkpoint(small.checkpoint).eval()
+    with pytest.raises(ValueError, match=SIZE):
+        exported.to_openvino(
+            tmp_path, input_size=(96, 96), compression_type=CompressionType.INT8_PTQ, datamodule=folder(small.root)
+        )
+
+
+def test_anomalib_takes_a_path_of_ascii_characters_only() -> None:
+    """The place of the refusal, should a newer anomalib mend it."""
+    with pytest.raises(ValueError, match="non-printable"):
+        validate_path("ä", should_exist=False)
