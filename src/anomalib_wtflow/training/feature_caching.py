@@ -122,7 +122,7 @@ class FeatureCaching(GivesBack):
         if trainer.num_devices > 1:
             name = trainer.strategy.broadcast(f"wtflow-features-{uuid.uuid4().hex}")
             folder = Path(tempfile.gettempdir()) / f"{name}-{trainer.node_rank}"  # nodes may share the folder
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             self._share = Share(folder, trainer.local_rank, trainer.num_devices)
         datamodule: Any = getattr(trainer, "datamodule", None)
         if "train_data" in self._given:
