@@ -29,6 +29,15 @@ def is_deterministic(transform: Any) -> bool:
     return type(transform) in DETERMINISTIC
 
 
+def available_memory() -> float:
+    """Return how many bytes the machine can still give without swapping; infinity where it does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
 @dataclass(frozen=True)
 class Share:
     """Processes of one machine that fill a store together, each a part of its own.
@@ -52,6 +61,8 @@ class Share:
 class FeatureStore:
     """Rows for ``count`` images: in memory up to a budget, in a memory-mapped temporary file beyond it or if shared.
 
+    So are those that would take more than half of the memory that the machine has left.
+
     Args:
         count: Number of images.
         budget: Bytes that may be held in memory.
@@ -74,6 +85,11 @@ class FeatureStore:
         self.filled = 0
         self.folder: TemporaryDirectory | None = None
         self.rows: Tensor | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are not in a file."""
+        return self.folder is None and self.share.folder is None
 
     @property
     def features(self) -> Tensor:
@@ -110,13 +126,14 @@ class FeatureStore:
         """
         shape = torch.Size(shape)
         folder = self.share.folder
-        if folder is None and shape.numel() * self.dtype.itemsize <= self.budget:
+        size = shape.numel() * self.dtype.itemsize
+        if folder is None and size <= min(self.budget, available_memory() / 2):
             self.rows = torch.empty(shape, dtype=self.dtype)
             return
         if folder is None:
             self.folder = TemporaryDirectory(prefix="wtflow-features-", ignore_cleanup_errors=True)
             folder = Path(self.folder.name)
-        file, size = folder / self.name, shape.numel() * self.dtype.itemsize
+        file = folder / self.name
         free = disk_usage(folder).free
         if size > free and not file.exists():  # a mapped file that the disk has no room for ends the process
             msg = (

@@ -37,7 +37,8 @@ class Processes(Callback):
         The first one's progress bar asks for it about now, and would meet the others in another reduction.
         """
         del pl_module
-        _ = trainer.callback_metrics
+        if trainer.world_size > 1:
+            _ = trainer.callback_metrics
 
 
 def use_one_folder(trainer: Trainer) -> None:
