@@ -17,6 +17,7 @@ NAMES = [
     "latency",
     "precision",
     "training",
+    "growth",
     "startup",
     "backbones",
     "gpu",

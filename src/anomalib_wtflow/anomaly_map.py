@@ -213,13 +213,16 @@ class AnomalyMapGenerator(nn.Module):
         )
         return rows @ x @ columns.T
 
-    def values(self, log_density: Tensor, anomaly_map: Tensor) -> Tensor:
+    def values(self, log_density: Tensor, anomaly_map: Tensor | None) -> Tensor:
         """Return what the image score is taken from: ``(N, 1, H, W)``, at the map's pixels or the features' positions.
+
+        The map is needed only where the score is taken from it.
 
         Raises:
             ValueError: If the layers are not those of ``channels``.
         """
         if self.image_score == "map":
+            assert anomaly_map is not None
             return anomaly_map
         layers, expected = log_density.shape[1], self.weights.shape[1]
         if layers not in (1, expected):
@@ -277,7 +280,8 @@ class AnomalyMapGenerator(nn.Module):
             reduce: Reduces a value over the processes of a distributed training, by ``sum`` or ``max``; None for one.
         """
         if len(log_density):
-            top, level = self.top_and_level(self.values(log_density, self.map(log_density, image_size)))
+            anomaly_map = self.map(log_density, image_size) if self.image_score == "map" else None
+            top, level = self.top_and_level(self.values(log_density, anomaly_map))
         else:
             top = level = log_density.new_empty(0)
         top, level = top.cpu().double(), level.cpu().double()  # not all accelerators have float64

@@ -60,8 +60,8 @@ class ProductRecognition(nn.Module):
 
     def reset(self) -> None:
         """Forget the images gathered so far."""
-        self._rows: list[Tensor] = []
-        self._products: list[Tensor] = []
+        self._rows = torch.empty(0, self.weight.shape[1])
+        self._products: list[int] = []
 
     @staticmethod
     def _pooled(features: Tensor) -> Tensor:
@@ -69,8 +69,13 @@ class ProductRecognition(nn.Module):
 
     def update(self, features: Tensor, product: Tensor) -> None:
         """Gather a batch of training images: features ``(N, C, H, W)`` and the places of their products, ``(N,)``."""
-        self._rows.append(self._pooled(features.detach()).cpu())
-        self._products.append(product.cpu())
+        rows = self._pooled(features.detach()).cpu()
+        start, end = len(self._products), len(self._products) + len(rows)
+        if end > len(self._rows):
+            # Twice the room: a small tensor kept of each batch, between large ones, scatters the memory.
+            self._rows = torch.cat([self._rows[:start], torch.empty(end, rows.shape[1])])
+        self._rows[start:end] = rows
+        self._products += product.tolist()
 
     def finalize(self, reduce: Reduce = lambda value, _: value) -> None:
         """Set the centroids of products that have none yet, and the limit, from the images gathered; forget these.
@@ -81,8 +86,8 @@ class ProductRecognition(nn.Module):
             reduce: Reduces a value over the processes of a distributed training, by ``sum`` or ``max``.
         """
         count, channels = self.centroids.shape
-        rows = torch.cat([torch.empty(0, channels), *self._rows]).double()
-        product = torch.cat([torch.empty(0, dtype=torch.int64), *self._products])
+        product = torch.tensor(self._products, dtype=torch.int64)
+        rows = self._rows[: len(product)].double()
         new = ~self._fitted.cpu()
         number = reduce(torch.bincount(product, minlength=count).double(), "sum").cpu()
         mean = reduce(rows.new_zeros(count, channels).index_add_(0, product, rows), "sum").cpu() / number[:, None]

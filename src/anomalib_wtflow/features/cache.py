@@ -32,6 +32,15 @@ def is_deterministic(transform: Any) -> bool:
     return type(transform) in DETERMINISTIC
 
 
+def available_memory() -> float:
+    """Return how many bytes the machine can still give without swapping; infinity where it does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+
+
 @dataclass(frozen=True)
 class Share:
     """Processes of one machine that fill a store together, each a part of its own.
@@ -55,6 +64,8 @@ class Share:
 class FeatureStore:
     """Rows for ``count`` images: in memory up to a budget, in a memory-mapped temporary file beyond it or if shared.
 
+    So are those that would take more than half of the memory that the machine has left.
+
     Args:
         count: Number of images.
         budget: Bytes that may be held in memory.
@@ -77,6 +88,11 @@ class FeatureStore:
         self.filled = 0
         self.folder: TemporaryDirectory | None = None
         self.rows: Tensor | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are not in a file."""
+        return self.folder is None and self.share.folder is None
 
     @property
     def features(self) -> Tensor:
@@ -114,7 +130,7 @@ class FeatureStore:
         shape = torch.Size(shape)
         size = shape.numel() * self.dtype.itemsize
         folder = self.share.folder
-        if folder is None and size <= self.budget:
+        if folder is None and size <= min(self.budget, available_memory() / 2):
             self.rows = torch.empty(shape, dtype=self.dtype)
             return
         parent = temporary_folder()

@@ -106,16 +106,11 @@ class Verdicts(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: Any) -> None:
         self.teardown(trainer, pl_module, "")
-        trainer.strategy.barrier()
+        path = self.path(trainer)
+        for rank in range(1, trainer.world_size):
+            self._gather(trainer, path, rank)
         if not trainer.is_global_zero:
             return
-        path = self.path(trainer)
-        with path.open("a", newline="", encoding="utf-8") as file:
-            for rank in range(1, trainer.world_size):
-                other = self.path(trainer, rank)
-                if other.is_file():  # not where another machine keeps it
-                    file.writelines(other.read_text(encoding="utf-8").splitlines(keepends=True)[1:])
-                    other.unlink()
         post = pl_module.post_processor
         rates = getattr(post, "promised_false_alarm_rate", torch.empty(0)).tolist()
         promises = dict(zip(pl_module.product_names, rates, strict=False))
@@ -123,6 +118,17 @@ class Verdicts(Callback):
         with one_sentence_for(path.with_suffix(".json")):
             summary = to_json(path, {name: rate for name, rate in promises.items() if rate == rate}, limit)
         show(summary, path)
+
+    def _gather(self, trainer: Trainer, path: Path, rank: int) -> None:
+        """Move a process's rows into the first one's file, through their connection: it may be on another machine."""
+        own = trainer.global_rank == rank
+        file = self.path(trainer, rank)
+        text = trainer.strategy.broadcast(file.read_bytes() if own else b"", rank)
+        if own:
+            file.unlink()
+        if trainer.is_global_zero:
+            with path.open("ab") as whole:
+                whole.write(text.partition(b"\n")[2])
 
 
 @contextmanager

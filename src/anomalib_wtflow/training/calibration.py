@@ -45,7 +45,7 @@ class Calibration(GivesBack):
         self.post_processor, self.ratio, self.caching = post_processor, ratio, caching
         self.data: Any = None
         self._in_validation: list[int] | None = None
-        self._features: tuple[NormalisedFeatures, tuple[int, int]] | None = None
+        self._cached: tuple[FeatureDataset, list[int]] | None = None
         self._names: list[str] = []
         self._counts: list[int] = []
         self._full_train_data: Any = None
@@ -96,7 +96,7 @@ class Calibration(GivesBack):
         """Give the slice back."""
         if self._full_train_data is not None:
             trainer.datamodule.train_data = self._full_train_data  # type: ignore[attr-defined]
-        self._full_train_data = self._features = None
+        self._full_train_data = self._cached = None
 
     # Scoring ---------------------------------------------------------------------------------------------------------
 
@@ -134,24 +134,25 @@ class Calibration(GivesBack):
     @torch.no_grad()
     def _score(self, trainer: Trainer, model: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return the image scores (infinite if like no product), the maps' largest pixels, and the products."""
-        if self._features is None:
-            self._features = self._extract(trainer, model)
-        features, image_size = self._features
-        scores, peaks = [], []
-        for part in zip(*(values.split(32) for values in features), strict=True):
-            outputs = model.score_features(NormalisedFeatures(*part), image_size)
-            scores.append(outputs.pred_score.float().cpu())
+        if self._cached is None:
+            self._cached = self._extract(trainer, model)
+        dataset, indices = self._cached
+        scores, peaks, products = [], [], []
+        for part in torch.tensor(indices).split(32):  # the rows may lie on the disk, too many for the memory
+            features = NormalisedFeatures(dataset.store.rows[part], *dataset.recognition(part))  # type: ignore[union-attr, index]
+            outputs = model.score_features(features, dataset.image_size)
+            scores.append(outputs.pred_score.float().cpu().masked_fill(features.strangeness > 1, torch.inf))
             peaks.append(outputs.anomaly_map.flatten(1).amax(dim=1).float().cpu())
-        return torch.cat(scores).masked_fill(features.strangeness > 1, torch.inf), torch.cat(peaks), features.product
+            products.append(features.product)
+        return torch.cat(scores), torch.cat(peaks), torch.cat(products)
 
-    def _extract(self, trainer: Trainer, model: Any) -> tuple[NormalisedFeatures, tuple[int, int]]:
-        validation: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
-        dataset: Any = validation
-        indices = self._in_validation
-        if indices is None or not isinstance(dataset, FeatureDataset) or dataset.store is None:
-            dataset = self.caching.extract(trainer, model, self.data, "calibration")
-            indices = list(range(len(dataset)))
-        return NormalisedFeatures(dataset.store.rows[indices], *dataset.recognition(indices)), dataset.image_size
+    def _extract(self, trainer: Trainer, model: Any) -> tuple[FeatureDataset, list[int]]:
+        """Return a data set of features, and which of them are the threshold's."""
+        dataset: Any = getattr(getattr(trainer, "datamodule", None), "val_data", None)
+        if self._in_validation is not None and isinstance(dataset, FeatureDataset) and dataset.store is not None:
+            return dataset, self._in_validation
+        dataset = self.caching.extract(trainer, model, self.data, "calibration")
+        return dataset, list(range(len(dataset)))
 
     def _report(self) -> None:
         """Tell the user what the thresholds promise, and warn if that is less than was asked for."""

@@ -164,34 +164,33 @@ class FeatureCaching(GivesBack):
         store = self._store(len(shown)) if cached else None
         if to_fit:
             network.reset()
-        reference, position = [], 0
+        reference, position = FeatureStore(sum(index in chosen for index in indices), torch.inf), 0
         for features, batch in self._extract(trainer, model, images, indices, "training", collate_fn):
             here = indices[position : position + len(features)]
             position += len(features)
-            reference.append(features[[k for k, index in enumerate(here) if index in chosen]].cpu())
             self.image_size = tuple(batch.image.shape[-2:])  # type: ignore[union-attr]
             if to_fit:
                 network.update(features, product[here])
             if store is not None:
-                if not store.filled:
-                    self._say_size(trainer, features)
+                if store.rows is None:
+                    store.open((store.count, *features.shape[1:]))
+                    self._say_size(trainer, features, store)
                 store.append(features)
+            reference.append(features[[k for k, index in enumerate(here) if index in chosen]])
         if to_fit:
             model.model.finalize(over_processes(trainer, model))
-        gathered = torch.cat(reference) if reference else torch.empty(0)
-        self.reference = self._normalise(model, gathered)
+        self.reference = self._normalise(model, reference.features)
         if store is not None:
             self._agree(trainer, store)
             recognised = self._recognise(model, store)
             self._agree(trainer, recognised)
             dataset.store, dataset.recognised, dataset.image_size = store, recognised, self.image_size
 
-    def _say_size(self, trainer: Trainer, features: Tensor) -> None:
+    def _say_size(self, trainer: Trainer, features: Tensor, store: FeatureStore) -> None:
         """Say how large the cache will be, as soon as the first images have shown the size of their features."""
         counts = [len(data) for data in self._datasets if not data.truth or trainer.limit_val_batches]
         size = features[0].numel() * torch.float32.itemsize
-        in_memory = self._share.folder is None and max(counts) * size <= self.budget * 2**30
-        place = "of memory" if in_memory else f"in temporary files in {temporary_folder()}"
+        place = "of memory" if store.in_memory else f"in temporary files in {temporary_folder()}"
         shape = " x ".join(map(str, features.shape[1:]))
         rank_zero_info(
             f"The feature cache takes {text_of(sum(counts) * size)} {place}: {sum(counts)} training and validation "
