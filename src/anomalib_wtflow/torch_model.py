@@ -292,9 +292,11 @@ class WTFlowModel(nn.Module):
     def broken_tensor(self) -> str | None:
         """Return the name of a weight or statistic that is NaN or infinite; None if all are as they should be.
 
-        Infinite are only limits that do not hold: of recognition with one product, of the contrast until it is set.
+        Infinite are only limits that do not hold: of recognition with one product or none fitted, of the contrast
+        until it is set.
         """
-        limits = {"anomaly_map_generator.limit"} | ({"recognition.limit"} if len(self.codes) == 1 else set())
+        unlimited = len(self.codes) == 1 or not self.recognition.fitted
+        limits = {"anomaly_map_generator.limit"} | ({"recognition.limit"} if unlimited else set())
         for name, tensor in self.state_dict().items():
             broken = tensor.isnan() | (tensor == -torch.inf) if name in limits else ~tensor.isfinite()
             if broken.any():

@@ -156,6 +156,7 @@ class FeatureCaching(GivesBack):
             dataset: Images, or an empty data set of features.
             shown: Which of the images a loader's own sampler shows; None for all.
         """
+        model.raise_for_broken_weights()
         network, cached = model.model, isinstance(dataset, FeatureDataset)
         images = dataset.data if cached else dataset
         to_fit = not network.fitted or trainer.ckpt_path is None
