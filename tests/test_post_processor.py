@@ -94,28 +94,43 @@ def test_batches_get_what_forward_gives() -> None:
     assert torch.equal(batch.pred_mask, expected.pred_mask[:, 0])
 
 
-def test_nan_is_an_error_in_python() -> None:
-    with pytest.raises(ValueError, match="1 of 2 scores are NaN, which is neither normal nor anomalous"):
-        processor()(predictions([1.0, float("nan")]))
+BROKEN = [math.nan, math.inf, -math.inf]
 
 
-def test_nan_names_the_image() -> None:
-    raw = predictions([1.0, float("nan")])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_broken_scores_are_the_most_anomalous(normalised: bool) -> None:
+    raw = predictions([1.0, *BROKEN])
+    result = processor(enable_normalization=normalised)(raw)
+    assert result.pred_label.tolist() == [False, True, True, True]
+    assert (result.pred_score[1:] == (1 if normalised else math.inf)).all()
+    torch.testing.assert_close(result.anomaly_map[:, 0, 0, 0], result.pred_score)
+    assert result.pred_mask[:, 0, 0, 0].tolist() == result.pred_label.tolist()
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("in_map", [False, True])
+def test_what_is_broken_names_the_image(value: float, in_map: bool) -> None:
+    raw = predictions([1.0, 1.0 if in_map else value])
+    raw.anomaly_map[1] = 1.0
+    if in_map:
+        raw.anomaly_map[1, 0, 1, 2] = value
     batch = ImageBatch(
         image=torch.rand(2, 3, 2, 3),
         pred_score=raw.pred_score,
         anomaly_map=raw.anomaly_map,
         image_path=["a.png", "b.png"],
     )
-    with pytest.raises(ValueError, match=r"The score of 'b.png' is NaN \(1 such images"):
+    with pytest.raises(ValueError, match=r"The score or map of 'b.png' is NaN or infinite \(1 such images"):
         processor().post_process_batch(batch)
 
 
-def test_infinite_scores_are_the_most_anomalous() -> None:
-    result = processor()(predictions([3.0, float("inf")]))
-    assert result.pred_score[1] == 1.0
-    assert result.pred_label.tolist() == [True, True]
-    assert processor(float("inf"))(predictions([0.0])).pred_label.tolist() == [True]
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("name", ["_image_threshold", "_pixel_threshold"])
+def test_a_broken_threshold_is_an_error(name: str, value: float) -> None:
+    post = processor(enable_threshold_matching=False)
+    post.get_buffer(name).fill_(value)
+    with pytest.raises(ValueError, match="There is no threshold"):
+        post(predictions([0.0]))
 
 
 def test_no_warning_where_the_rate_is_just_met() -> None:

@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomalib_wtflow.flow.finite import nan_unless_finite
 from anomalib_wtflow.flow.rows import Reduce, own
 
 MAPS = dict.fromkeys(("absolute", "relative"))
@@ -238,8 +239,7 @@ class AnomalyMapGenerator(nn.Module):
             slope, limit, offset = (own(rows, product) for rows in (self.slope, self.limit, self.offset))
             score = score - slope * level.minimum(limit) + offset
         # What a top-k does with NaN depends on the runtime; a broken pixel must not pass as normal in any of them.
-        mean = values.flatten(1).mean(dim=1)
-        return torch.where(mean.isnan(), mean, score)
+        return nan_unless_finite(score, values)
 
     def top_and_level(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean of the largest ``top_fraction`` of ``(N, 1, H, W)`` and the level of the rest, ``(N,)``."""

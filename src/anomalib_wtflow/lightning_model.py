@@ -176,7 +176,7 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         # anomalib's batches have no fields for these.
         batch.recognition = Recognition(predictions.product, predictions.strangeness)  # type: ignore[union-attr]
         batch.raw_score = predictions.pred_score  # type: ignore[union-attr]
-        self._finite(predictions)
+        self._finite(predictions, batch)
         return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
 
     def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -1,6 +1,7 @@
 """Post-processor of WT-Flow: a threshold from normal images only, with a stated false-alarm rate."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from anomalib_wtflow.flow.finite import finite
 from anomalib_wtflow.flow.rows import allocate, own
 from anomalib_wtflow.settings import Settings, check
 
@@ -66,6 +68,11 @@ def images_needed(false_alarm_rate: float) -> int:
     return math.ceil(round(1 / false_alarm_rate, 9)) - 1
 
 
+def image_name(paths: Sequence[str] | None, place: int) -> str:
+    """Name an image of a batch: its file, or where it stands if it has none."""
+    return f"image {place} of the batch" if paths is None else f"'{paths[place]}'"
+
+
 class WTFlowPostProcessor(PostProcessor):
     """Normalise scores around a threshold and label them; the threshold comes from normal images only.
 
@@ -80,7 +87,8 @@ class WTFlowPostProcessor(PostProcessor):
 
     Which normal images they come from, :class:`anomalib_wtflow.training.calibration.Calibration` says.
 
-    A NaN score is an error in Python, and anomalous in an exported graph.
+    An image of which the score or a pixel of the map is NaN or infinite is anomalous, with the highest score, as are
+    such pixels; in test and prediction it is an error (:meth:`post_process_batch`).
 
     Args:
         false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous; None for anomalib's own
@@ -195,21 +203,21 @@ class WTFlowPostProcessor(PostProcessor):
     # Application -----------------------------------------------------------------------------------------------------
 
     def forward(self, predictions: Any) -> InferenceBatch:
-        """Normalise and label raw predictions, in Python and in exported graphs.
+        """Normalise and label raw predictions, in Python and in exported graphs; what is not finite is anomalous.
 
         Raises:
-            ValueError: If a score is NaN, or there is no threshold yet (in Python only).
+            ValueError: If there is no threshold yet, or none that is finite (in Python only).
         """
-        score, anomaly_map = predictions.pred_score, predictions.anomaly_map
-        if score is None:
+        if predictions.pred_score is None:
             msg = "WTFlowPostProcessor needs pred_score: give it what WTFlowModel returns."
             raise ValueError(msg)
-        self._check(score)
-        if self.false_alarm_rate is None:
-            result = super().forward(predictions)
-            return result._replace(
-                pred_label=self._or_nan(result.pred_label, score), pred_mask=self._or_nan(result.pred_mask, anomaly_map)
-            )
+        if not torch.compiler.is_compiling():
+            self.raise_for_no_threshold()
+        result = super().forward(predictions) if self.false_alarm_rate is None else self._judge(predictions)
+        return self._condemn(result, predictions)
+
+    def _judge(self, predictions: Any) -> InferenceBatch:
+        score, anomaly_map = predictions.pred_score, predictions.anomaly_map
         product, strangeness = getattr(predictions, "product", None), getattr(predictions, "strangeness", None)
         image, pixel = own(self.image_threshold, product), own(self.pixel_threshold, product)[:, None, None, None]
         if anomaly_map is not None and anomaly_map.ndim == 3:
@@ -231,36 +239,47 @@ class WTFlowPostProcessor(PostProcessor):
         """Normalise and label a batch in test and predict, as :meth:`forward` does.
 
         Raises:
-            ValueError: If a score is NaN, or there is no threshold yet.
+            ValueError: If a score or a pixel of a map is NaN or infinite, or there is no threshold yet.
         """
-        broken = [] if batch.pred_score is None else batch.pred_score.isnan().nonzero().flatten().tolist()
-        paths = getattr(batch, "image_path", None)
-        if broken and paths is not None:
+        values = [each for each in (batch.pred_score, batch.anomaly_map) if each is not None]
+        broken = (~finite(*values)).nonzero().flatten().tolist() if values else []
+        if broken:
+            paths = getattr(batch, "image_path", None)
             msg = (
-                f"The score of '{paths[broken[0]]}' is NaN ({len(broken)} such images in this batch), which is neither "
-                "normal nor anomalous: the weights or the image are broken; load another checkpoint or train again."
+                f"The score or map of {image_name(paths, broken[0])} is NaN or infinite ({len(broken)} such images in "
+                "this batch), which is neither normal nor anomalous: the weights or the image are broken; load another "
+                "checkpoint or train again, or replace the image."
             )
             raise ValueError(msg)
         known = getattr(batch, "recognition", None)
         result = self.forward(Scored(batch.pred_score, batch.anomaly_map, *(known or (None, None))))
         batch.update(**{name: value for name, value in result._asdict().items() if value is not None})
 
-    def _check(self, score: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if score.isnan().any():
-            msg = (
-                f"{int(score.isnan().sum())} of {score.numel()} scores are NaN, which is neither normal nor anomalous: "
-                "the weights or the images are broken; load another checkpoint or train again."
-            )
-            raise ValueError(msg)
-        if (self.enable_thresholding or self.enable_normalization) and self.image_threshold.isnan().any():
+    def raise_for_no_threshold(self) -> None:
+        """Refuse to judge without a threshold.
+
+        Raises:
+            ValueError: If there is none, or one is infinite, and scores are to be normalised or labelled.
+        """
+        judges = self.enable_thresholding or self.enable_normalization
+        ours = [] if self.false_alarm_rate is None else [self.pixel_threshold]  # anomalib's needs masks
+        if judges and not all(threshold.isfinite().all() for threshold in (self.image_threshold, *ours)):
             msg = "There is no threshold: train the model, or load a trained checkpoint (--ckpt_path)."
             raise ValueError(msg)
 
-    @staticmethod
-    def _or_nan(label: Tensor | None, raw: Tensor | None) -> Tensor | None:
-        return label if label is None or raw is None else label.bool() | raw.isnan()
+    def _condemn(self, result: InferenceBatch, raw: Any) -> InferenceBatch:
+        """Call anomalous, with the highest score, the images and pixels whose raw scores are not finite."""
+        images = ~finite(*(each for each in (raw.pred_score, raw.anomaly_map) if each is not None))
+        highest = 1.0 if self.enable_normalization else torch.inf
+
+        def condemn(broken: Tensor, score: Any, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return torch.where(broken, highest, score), None if label is None else label.bool() | broken
+
+        score, label = condemn(images, result.pred_score, result.pred_label)
+        if raw.anomaly_map is None:
+            return InferenceBatch(pred_score=score, pred_label=label)
+        anomaly_map, mask = condemn(~raw.anomaly_map.isfinite(), result.anomaly_map, result.pred_mask)
+        return InferenceBatch(pred_score=score, pred_label=label, anomaly_map=anomaly_map, pred_mask=mask)
 
     def _normalise(self, raw: Tensor | None, threshold: Tensor) -> Tensor | None:
         if raw is None or not self.enable_normalization:

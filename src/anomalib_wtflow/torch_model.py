@@ -1,6 +1,6 @@
 """WT-Flow in plain torch: features, normalisation, vector field, flow, density proxy, anomaly map."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 from anomalib_wtflow.anomaly_map import AnomalyMapGenerator, density_proxy
 from anomalib_wtflow.features.backbone import FeatureExtractor
 from anomalib_wtflow.flow.coupling import get_coupling
-from anomalib_wtflow.flow.field import Field, get_field
+from anomalib_wtflow.flow.field import Field, get_field, stacked
+from anomalib_wtflow.flow.finite import nan_unless_finite
 from anomalib_wtflow.flow.normalization import get_normalization
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.regression import regress
@@ -238,9 +239,13 @@ class WTFlowModel(nn.Module):
         product: Tensor | None = None,
         strangeness: Tensor | None = None,
     ) -> Predictions:
-        """Score normalised features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width)."""
-        log_density = self.log_density(self.flow(x0, product))
-        anomaly_map, pred_score = self.anomaly_map_generator(log_density, image_size, product)
+        """Score normalised features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).
+
+        The score is NaN where anything that it comes from is NaN or infinite.
+        """
+        y = self.flow(x0, product)
+        anomaly_map, pred_score = self.anomaly_map_generator(self.log_density(y), image_size, product)
+        pred_score = nan_unless_finite(pred_score, y, *([] if strangeness is None else [strangeness]))
         return Predictions(pred_score, None, anomaly_map, None, product, strangeness)
 
     def predict(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> Predictions:
@@ -266,7 +271,37 @@ class WTFlowModel(nn.Module):
         if self.training:
             x0, product, _ = self.normalise(features)
             return self.regress(x0, product=product)
-        return self.predict(features, images.shape[-2:])
+        result = self.predict(features, images.shape[-2:])
+        return result._replace(pred_score=nan_unless_finite(result.pred_score, images))
+
+    @torch.no_grad()
+    def stages(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield, by name, what becomes of pre-processed images ``(N, 3, H, W)`` on the way to their scores."""
+        yield "pixels", images
+        features = self.extract(images)
+        names = self.feature_extractor.network.feature_info.module_name()
+        layers = features.split(stacked(self.channels, self.detail), dim=1)
+        yield from ((f"features of layer '{name}'", layer) for name, layer in zip(names, layers, strict=True))
+        x0, product, strangeness = self.normalise(features)
+        yield from [("distances from the known products", strangeness), ("normalised features", x0)]
+        y = self.flow(x0, product)
+        yield "velocities of the field", y
+        anomaly_map, score = self.anomaly_map_generator(self.log_density(y), images.shape[-2:], product)
+        yield from [("values of the anomaly map", anomaly_map), ("scores", score)]
+
+    def broken_tensor(self) -> str | None:
+        """Return the name of a weight or statistic that is NaN or infinite; None if all are as they should be.
+
+        Infinite are only limits that do not hold: of recognition with one product or none fitted, of the contrast
+        until it is set.
+        """
+        unlimited = len(self.codes) == 1 or not self.recognition.fitted
+        limits = {"anomaly_map_generator.limit"} | ({"recognition.limit"} if unlimited else set())
+        for name, tensor in self.state_dict().items():
+            broken = tensor.isnan() | (tensor == -torch.inf) if name in limits else ~tensor.isfinite()
+            if broken.any():
+                return name
+        return None
 
 
 def _make_room(model: WTFlowModel, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,7 +1,7 @@
 """Exports: what anomalib's leave to a model."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
@@ -17,6 +17,7 @@ from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
 from anomalib_wtflow.deploy.quantization import count_convolutions, fitting, keep_precise, quantize
 from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
 from anomalib_wtflow.flow.solver import not_exportable
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.training.calibration import Chosen, choose, score_images
 
@@ -52,6 +53,7 @@ class Exports:
     settings: Settings
     post_processor: Any
     product_names: Sequence[str]
+    raise_for_broken_weights: Callable[[], None]
     _thresholds_of: tuple[Any, ...] = ()
     """Post-processor with the thresholds of the graph that is being written; in a tuple, not a part of the model."""
 
@@ -59,7 +61,7 @@ class Exports:
         """Export as anomalib does, with weights that need no gradient: ``TorchInferencer`` runs them as they are.
 
         Raises:
-            ValueError: If the solver is adaptive, and so does not export.
+            ValueError: If the solver is adaptive, and so does not export, or a weight or threshold is not finite.
         """
         self._check_exportable()
         with frozen(self):  # type: ignore[arg-type]
@@ -69,7 +71,7 @@ class Exports:
         """Export as anomalib does, to ONNX and, on the way, to OpenVINO.
 
         Raises:
-            ValueError: If the solver is adaptive, and so does not export.
+            ValueError: If the solver is adaptive, and so does not export, or a weight or threshold is not finite.
         """
         self._check_exportable()
         # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
@@ -84,8 +86,8 @@ class Exports:
         calibration images of the data module.
 
         Raises:
-            ValueError: If the solver is adaptive, and so does not export, or INT8_PTQ is given no data module, or
-                images that a fixed ``input_size`` does not fit.
+            ValueError: If the solver is adaptive, and so does not export, a weight or threshold is not finite, INT8_PTQ
+                is given no data module, or images that a fixed ``input_size`` does not fit.
         """
         parent: Any = super()
         given = signature(parent.to_openvino).bind(*args, **kwargs).arguments
@@ -173,3 +175,6 @@ class Exports:
     def _check_exportable(self) -> None:
         if not self.model.solver.exportable:
             raise ValueError(not_exportable(self.model.solver.name))
+        self.raise_for_broken_weights()
+        if isinstance(self.post_processor, WTFlowPostProcessor):
+            self.post_processor.raise_for_no_threshold()

@@ -89,12 +89,18 @@ def transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredImage]:
-    """Score each image of an anomalib data set as the model does in production."""
+    """Score each image of an anomalib data set as the model does in production.
+
+    Raises:
+        ValueError: If an image cannot be read, or what becomes of it is NaN or infinite.
+    """
     for item in show(items(data, range(len(data))), "Scoring the test images", len(data)):
         image, mask = transform(model, item)
-        features = model.model.extract(image[None].to(model.device))
+        images = image[None].to(model.device)
+        features = model.model.extract(images)
         x0, product, strangeness = model.model.normalise(features)
         raw: Any = model.model.score(x0, image.shape[-2:], product, strangeness)
+        model.raise_for_broken(raw, images, [str(item.image_path)])
         verdict: Any = raw if model.post_processor is None else model.post_processor(raw)
         label = None if item.gt_label is None else bool(item.gt_label)
         truth = None if mask is None else mask.squeeze().bool().cpu()

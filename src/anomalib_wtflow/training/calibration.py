@@ -261,14 +261,16 @@ def score_images(model: Any, data: Any, batch_size: int = 8) -> Scores:
     """Score images as the thresholds need it.
 
     Raises:
-        ValueError: If an image cannot be read, or a score is NaN.
+        ValueError: If an image cannot be read, or what becomes of it is NaN or infinite.
     """
     parts: list[tuple[Tensor, ...]] = []
     transform: Any = getattr(model.pre_processor, "transform", None) or torch.nn.Identity()
     try:
         for start in range(0, len(data), batch_size):
-            images = [transform(data[index].image) for index in range(start, min(start + batch_size, len(data)))]
-            outputs: Any = model.model(torch.stack(images).to(model.device))
+            items = [data[index] for index in range(start, min(start + batch_size, len(data)))]
+            images = torch.stack([transform(item.image) for item in items]).to(model.device)
+            outputs: Any = model.model(images)
+            model.raise_for_broken(outputs, images, [item.image_path for item in items])
             scores = outputs.pred_score.float().masked_fill(outputs.strangeness > 1, torch.inf)
             parts.append((scores, outputs.anomaly_map.float().flatten(1).amax(dim=1), outputs.product))
     except (OSError, SyntaxError, ValueError) as error:

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic, temporary_folder
+from anomalib_wtflow.flow.finite import finite
 from anomalib_wtflow.flow.rows import Reduce
+from anomalib_wtflow.post_processor import image_name
 from anomalib_wtflow.products import places
 from anomalib_wtflow.torch_model import NormalisedFeatures
 from anomalib_wtflow.training.giving_back import GivesBack
@@ -152,6 +154,7 @@ class FeatureCaching(GivesBack):
             dataset: Images, or an empty data set of features.
             shown: Which of the images a loader's own sampler shows; None for all.
         """
+        model.raise_for_broken_weights()
         network, cached = model.model, isinstance(dataset, FeatureDataset)
         images = dataset.data if cached else dataset
         to_fit = not network.fitted or trainer.ckpt_path is None
@@ -281,7 +284,24 @@ class FeatureCaching(GivesBack):
                 model.pre_processor.on_validation_batch_start(trainer, model, batch, index)
             with trainer.precision_plugin.val_step_context():
                 features = model.model.extract(batch.image)
+            raise_for_broken_features(features, batch)
             yield features.float(), batch
+
+
+def raise_for_broken_features(features: Tensor, batch: Any) -> None:
+    """Name the first image of a batch whose features are NaN or infinite.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    broken = (~finite(features)).nonzero().flatten().tolist()
+    if broken:
+        what = "features" if finite(batch.image)[broken[0]] else "pixels"
+        msg = (
+            f"The {what} of {image_name(batch.image_path, broken[0])} are NaN or infinite: check the weights file and "
+            "the image."
+        )
+        raise ValueError(msg)
 
 
 def text_of(size: float) -> str:

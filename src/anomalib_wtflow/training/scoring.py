@@ -1,18 +1,22 @@
-"""Scores while training, as the model gives them afterwards."""
+"""Scores while training, as the model gives them afterwards, and what is said of those that are not finite."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from anomalib.data import Batch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
+from anomalib_wtflow.flow.finite import finite
+from anomalib_wtflow.post_processor import image_name
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.torch_model import NormalisedFeatures, Predictions
 
 
 class Scoring:
-    """Mixin: score features in the middle of a training, and stop it if scores or loss are not finite."""
+    """Mixin: score features in the middle of a training; no step passes scores on that are NaN or infinite."""
 
     model: Any
     settings: Settings
@@ -39,10 +43,60 @@ class Scoring:
         finally:
             field.train(training)
 
-    def _finite(self, predictions: Predictions) -> Predictions:
-        if self.trainer.state.fn == TrainerFn.FITTING and not predictions.pred_score.isfinite().all():
+    def _finite(self, predictions: Predictions, batch: Batch | None = None) -> Predictions:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            assert batch is not None
+            self.raise_for_broken(predictions, batch.image, batch.image_path)  # type: ignore[arg-type, attr-defined]
+        elif not finite(predictions.pred_score, predictions.anomaly_map).all():
             self._stop(f"The scores became NaN or infinite in epoch {self.current_epoch}")
         return predictions
+
+    def raise_for_broken(self, predictions: Any, images: Tensor, paths: Sequence[str] | None) -> None:
+        """Say of which image, and at which stage first, something is NaN or infinite.
+
+        Args:
+            predictions: What the model made of the images: ``pred_score``, ``(N,)``, and ``anomaly_map``.
+            images: The images, pre-processed, ``(N, 3, H, W)``.
+            paths: Their files; None if they have none.
+
+        Raises:
+            ValueError: If there is such an image.
+        """
+        broken = (~finite(predictions.pred_score, predictions.anomaly_map)).nonzero().flatten().tolist()
+        if broken:
+            place = broken[0]
+            stages = self.model.stages(images[place : place + 1])
+            what = next((name for name, values in stages if not finite(values).all()), "scores")
+            msg = (
+                f"The {what} of {image_name(paths, place)} are NaN or infinite ({len(broken)} such images in this "
+                "batch), which is neither normal nor anomalous: the weights or the image are broken; load another "
+                "checkpoint or train again, or replace the image."
+            )
+            raise ValueError(msg)
+
+    def raise_for_broken_weights(self) -> None:
+        """Refuse a model that an activation could hide the brokenness of.
+
+        Raises:
+            ValueError: If a weight or a statistic is NaN or infinite.
+        """
+        name = self.model.broken_tensor()
+        if name is not None:
+            msg = f"'{name}' of the model is NaN or infinite: load another checkpoint, or train the model again."
+            raise ValueError(msg)
+
+    def on_validation_start(self) -> None:
+        """Refuse broken weights; in the middle of a training it is the scores that tell."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.raise_for_broken_weights()
+
+    def on_test_start(self) -> None:
+        """Refuse broken weights."""
+        self.raise_for_broken_weights()
+
+    def on_predict_start(self) -> None:
+        """Refuse broken weights."""
+        self.raise_for_broken_weights()
 
     def _stop(self, what: str) -> None:
         saved = getattr(self.trainer.checkpoint_callback, "best_model_path", "")

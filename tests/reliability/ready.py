@@ -1,0 +1,33 @@
+"""Models that are ready to score drawn parts, without a training: only the weights of the field are random."""
+
+import torch
+from torch import Tensor
+
+from anomalib_wtflow import WTFlow
+from anomalib_wtflow.data.drawing import draw_part
+
+SIDE = 64
+
+
+def drawn(seeds: range, product: int = 0, side: int = SIDE) -> Tensor:
+    """Good parts, ``(N, 3, side, side)``, as anomalib reads them."""
+    pixels = [torch.from_numpy(draw_part(seed, side, None, product)[0]) for seed in seeds]
+    return torch.stack(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def ready(products: int = 1, **overrides: object) -> WTFlow:
+    """A model of drawn products, whose thresholds lie half above the scores of further good parts."""
+    model = WTFlow(image_size=SIDE, false_alarm_rate=0.1, overrides={"width": 8, **overrides}).eval()
+    model.product_names = [str(place) for place in range(products)]
+    network, prepare = model.model, model.pre_processor
+    network.set_products(products)
+    features = network.extract(prepare(torch.cat([drawn(range(12), place) for place in range(products)])))
+    network.update(features, torch.arange(products).repeat_interleave(12))
+    network.finalize()
+    x0, product, _ = network.normalise(features)
+    network.observe(x0, (SIDE, SIDE), product)
+    result = network(prepare(torch.cat([drawn(range(20, 32), place) for place in range(products)])))
+    peaks = result.anomaly_map.flatten(1).amax(dim=1)
+    model.post_processor.calibrate(1.5 * result.pred_score, 1.5 * peaks, result.product, products)
+    return model

@@ -1,0 +1,272 @@
+"""What holds of every model, image and batch, and not only of those that other tests name: drawn by Hypothesis."""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from anomalib_wtflow import WTFlowModel, WTFlowPostProcessor
+from anomalib_wtflow.anomaly_map import DENSITIES, MAPS, AnomalyMapGenerator, density_proxy
+from anomalib_wtflow.flow.coupling import BATCH_COUPLINGS, COUPLINGS
+from anomalib_wtflow.flow.normalization import NORMALIZATIONS
+from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
+from anomalib_wtflow.flow.solver import SOLVERS, Solver
+from anomalib_wtflow.post_processor import Scored
+from anomalib_wtflow.settings import get_settings
+
+settings.register_profile("stable", deadline=None, derandomize=True, database=None, max_examples=40)
+stable = settings.get_profile("stable")
+PRECISIONS = {
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (0.05, 0.05),
+    torch.float16: (0.01, 0.01),
+}
+"""By the precision of autocast, how far scores of one image in different batches may be apart: relative, absolute.
+
+Kernels add up in another order for another batch size, by about as much as the precision rounds."""
+ADAPTIVE = (1e-3, 1e-3)
+"""The same for solvers that choose their steps for the whole batch; their own tolerance is 1e-5."""
+SETTINGS: dict[str, Any] = {
+    "layers": st.sampled_from([("blocks.4",), ("blocks.1", "blocks.2"), ("blocks.0", "blocks.2", "blocks.4")]),
+    "network": st.sampled_from(["pointwise", "unet"]),
+    "normalization": st.sampled_from(list(NORMALIZATIONS)),
+    "coupling": st.sampled_from(list(COUPLINGS)),
+    "path": st.sampled_from(list(PATHS)),
+    "solver": st.sampled_from(list(SOLVERS)),
+    "steps": st.integers(1, 3),
+    "detail": st.integers(1, 2),
+    "pool_size": st.sampled_from([1, 3]),
+    "density": st.sampled_from(list(DENSITIES)),
+    "anomaly_map": st.sampled_from(list(MAPS)),
+    "image_score": st.sampled_from(["map", "features"]),
+    "contrast": st.sampled_from([None, 0.0, 1.0]),
+    "sigma": st.sampled_from([0.0, 4.0]),
+}
+sides = st.integers(33, 97)
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@torch.no_grad()
+def fitted(products: int, size: tuple[int, int], **chosen: Any) -> WTFlowModel:
+    """A model with random weights of its field, fitted to noise of another brightness for each product."""
+    model = WTFlowModel(get_settings(width=8, **chosen)).eval()
+    model.set_products(products)
+    product = torch.arange(products).repeat_interleave(4)
+    features = model.extract(randn(4 * products, 3, *size, seed=1) + 3 * product[:, None, None, None])
+    model.update(features, product)
+    model.finalize()
+    model.observe(model.normalise(features).x0, size, product)
+    return model
+
+
+@given(
+    chosen=st.fixed_dictionaries(SETTINGS),
+    height=sides,
+    width=sides,
+    batch=st.integers(2, 5),
+    products=st.integers(1, 3),
+    precision=st.sampled_from(list(PRECISIONS)),
+)
+@settings(stable, max_examples=20)
+def test_any_model_scores_any_image(
+    chosen: dict[str, Any], height: int, width: int, batch: int, products: int, precision: torch.dtype
+) -> None:
+    """As :func:`check` says."""
+    least = {"unet": 8, "pointwise": 1}[chosen["network"]] * (16 if "blocks.4" in chosen["layers"] else 8)
+    height, width = max(height, least), max(width, least)
+    check(chosen, (height, width), batch, products, precision, *PRECISIONS[precision])
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "bosh3"])
+def test_adaptive_solvers_too(solver: str) -> None:
+    check({"solver": solver, "layers": ["blocks.2"]}, (33, 40), 3, 2, torch.float32, *ADAPTIVE)
+
+
+def check(
+    chosen: dict[str, Any],
+    size: tuple[int, int],
+    batch: int,
+    products: int,
+    precision: torch.dtype,
+    rtol: float,
+    atol: float,
+) -> None:
+    """Shapes, finite and no less than 0, the same bit by bit when asked again, and whatever the image's companions."""
+    height, width = size
+    model = fitted(products, size, **chosen)
+    images = randn(batch, 3, height, width, seed=2) + torch.arange(batch)[:, None, None, None]
+
+    @torch.no_grad()
+    def scored(images: Tensor) -> Any:
+        reduced = precision != torch.float32
+        with torch.autocast("cpu", dtype=precision) if reduced else nullcontext():
+            return model(images)
+
+    result, again = scored(images), scored(images)
+    assert result.anomaly_map.shape == (batch, 1, height, width)
+    assert result.pred_score.shape == result.product.shape == result.strangeness.shape == (batch,)
+    for name in ("pred_score", "anomaly_map", "product", "strangeness"):
+        assert torch.equal(getattr(result, name), getattr(again, name)), name
+    assert result.pred_score.isfinite().all()
+    assert result.anomaly_map.isfinite().all()
+    assert (result.pred_score >= -atol).all()
+    assert (result.anomaly_map >= -atol).all()
+    strange = torch.cat([images[:1], 20 * randn(2, 3, height, width, seed=3)])  # far from all that was fitted to
+    for companions, place in ((images[:1], 0), (images.flip(0), batch - 1), (strange, 0)):
+        other = scored(companions)
+        for name in ("pred_score", "anomaly_map"):
+            given, expected = (getattr(each, name).float() for each in (other, result))
+            torch.testing.assert_close(given[place], expected[0], rtol=rtol, atol=atol, msg=name)
+        assert other.product[place] == result.product[0]
+
+
+# Post-processing ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    scores=st.lists(st.floats(0, 2.0**99, width=32), min_size=2, max_size=20),
+    threshold=st.floats(2.0**-99, 2.0**99, width=32),
+    sensitivity=st.floats(0.01, 0.99),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@settings(stable, max_examples=150)
+def test_normalised_scores_keep_the_order_and_the_verdict(
+    scores: list[float], threshold: float, sensitivity: float, dtype: torch.dtype
+) -> None:
+    """A higher raw score is never a lower normalised one; the threshold is 0.5; anomalous is what is above it."""
+    raw = torch.tensor([*scores, threshold], dtype=dtype).sort().values
+    limit = torch.tensor(threshold, dtype=dtype)
+    post = WTFlowPostProcessor().to(dtype)
+    post._image_threshold.fill_(limit)
+    post._pixel_threshold.fill_(limit)
+    result = post(Scored(raw, raw[:, None, None, None]))
+    normalised, label = result.pred_score, result.pred_label
+    assert (normalised.diff() >= 0).all()
+    assert ((normalised >= 0) & (normalised <= 1)).all()
+    assert (normalised[raw == limit] == 0.5).all()
+    assert torch.equal(label, raw > limit)
+    assert (normalised[label] >= 0.5).all()
+    assert (normalised[~label] <= 0.5).all()
+    assert torch.equal(result.anomaly_map.flatten(), normalised)
+    assert torch.equal(result.pred_mask.flatten(), label)
+    post.image_sensitivity = sensitivity
+    asked = post(Scored(raw, None)).pred_label
+    assert (asked.int().diff() >= 0).all()
+    assert (asked >= label).all() if sensitivity >= 0.5 else (asked <= label).all()
+
+
+# Map and score --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    image=st.tuples(sides, sides),
+    layers=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    kind=st.sampled_from(list(DENSITIES)),
+    image_score=st.sampled_from(["map", "features"]),
+    sigma=st.sampled_from([0.0, 2.5]),
+    factor=st.floats(1.0, 50.0),
+    seed=st.integers(0, 1000),
+)
+@settings(stable)
+def test_what_lies_farther_out_is_nowhere_less_anomalous(
+    size: tuple[int, int],
+    image: tuple[int, int],
+    layers: list[int],
+    kind: str,
+    image_score: str,
+    sigma: float,
+    factor: float,
+    seed: int,
+) -> None:
+    """End points of the flow times a factor at one position: no pixel of the map, and no score, becomes less."""
+    generator = AnomalyMapGenerator("absolute", sigma=sigma, image_score=image_score, channels=layers)
+    y = randn(1, sum(layers), *size, seed=seed, dtype=torch.float64)
+    farther = y.clone()
+    farther[..., seed % size[0], seed % size[1]] *= factor
+    (before, score), (after, higher) = (generator(density_proxy(each, layers, kind), image) for each in (y, farther))
+    assert (after >= before - 1e-9).all()
+    assert (higher >= score - 1e-9).all()
+    assert before.shape == (1, 1, *image)
+
+
+# Couplings and paths --------------------------------------------------------------------------------------------------
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@given(shape=shapes, dtype=dtypes, seed=st.integers(0, 1000), shift=st.floats(-3, 3))
+@settings(stable)
+def test_couplings(shape: tuple[int, ...], dtype: torch.dtype, seed: int, shift: float) -> None:
+    """What each makes of the noise, in any precision, whatever the order of the images and where the data lies."""
+    x0, noise = randn(*shape, seed=seed, dtype=dtype) + shift, randn(*shape, seed=seed + 1, dtype=dtype)
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
+    costs = {}
+    for name, coupling in COUPLINGS.items():
+        coupled = coupling(x0, noise)
+        assert coupled.shape == noise.shape
+        assert coupled.dtype == dtype
+        assert torch.equal(coupled, coupling(x0, noise))
+        costs[name] = (x0.double() - coupled.double()).square().sum().item()
+        if name in BATCH_COUPLINGS:  # a permutation of the images' noise
+            rows, drawn = (sorted(map(tuple, each.flatten(1).tolist())) for each in (coupled, noise))
+            assert rows == drawn
+        elif name != "independent":  # each image by itself
+            assert torch.equal(coupling(x0[order], noise[order]), coupled[order])
+        if name == "worst_of_two":
+            assert torch.equal(coupled.abs(), noise.abs())
+    slack = 1e-9 + torch.finfo(dtype).eps * 10 * max(costs.values())
+    assert costs["optimal"] - slack <= costs["independent"] <= costs["worst"] + slack
+    assert costs["independent"] <= costs["worst_of_two"] + slack
+
+
+@given(
+    shape=shapes,
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    name=st.sampled_from(list(PATHS)),
+    s_min=st.floats(0, 0.99),
+    seed=st.integers(0, 1000),
+)
+@example(shape=(1, 1, 1, 1), dtype=torch.float32, name="variance_preserving", s_min=0.0, seed=0)
+@settings(stable)
+def test_paths_lead_from_the_data_to_the_noise(
+    shape: tuple[int, ...], dtype: torch.dtype, name: str, s_min: float, seed: int
+) -> None:
+    """``x_0 = a_0 x0 + s_0 eps`` and ``x_1 = eps``; the velocity integrates to the way between (Simpson's rule)."""
+    x0, noise = randn(*shape, seed=seed, dtype=dtype), randn(*shape, seed=seed + 1, dtype=dtype)
+    path = ProbabilityPath(name, s_min)
+    start = {"linear": (1, 0), "gaussian": (1, s_min), "variance_preserving": (math.sqrt(1 - s_min**2), s_min)}[name]
+
+    def at(t: float) -> Any:
+        return path.sample(x0, noise, torch.full((len(x0),), t, dtype=dtype))
+
+    tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-12}
+    torch.testing.assert_close(at(0.0).x_t, start[0] * x0 + start[1] * noise, **tolerance)
+    torch.testing.assert_close(at(1.0).x_t, noise, **tolerance)
+    intervals = 32
+    weights = [1, *[4, 2] * (intervals // 2 - 1), 4, 1]
+    way = sum(w * at(k / intervals).velocity for k, w in enumerate(weights)) / (3 * intervals)
+    torch.testing.assert_close(way, at(1.0).x_t - at(0.0).x_t, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(steps=st.integers(1, 5), start=st.floats(0, 0.9), seed=st.integers(0, 1000))
+@settings(stable, max_examples=15)
+def test_solvers_follow_a_field_of_the_time_alone(solver: str, steps: int, start: float, seed: int) -> None:
+    """Every point moves alike, so distances stay, and there and back leads where it began."""
+    x = randn(4, 3, 2, 2, seed=seed, dtype=torch.float64)
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        return (t.cos() + 1).view(-1, 1, 1, 1).expand_as(x)
+
+    end = Solver(solver, steps).integrate(field, x, start, 1.0)
+    assert (end - x - (end - x).flatten()[0]).abs().max() < 1e-12
