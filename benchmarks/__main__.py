@@ -18,6 +18,7 @@ NAMES = [
     "precision",
     "training",
     "startup",
+    "endless",
     "backbones",
     "gpu",
     "plots",
