@@ -19,6 +19,7 @@ NAMES = [
     "training",
     "growth",
     "startup",
+    "endless",
     "backbones",
     "gpu",
     "plots",
