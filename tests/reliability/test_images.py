@@ -211,7 +211,7 @@ def test_an_image_that_is_nan_after_the_transform_gets_no_verdict(small: SimpleN
         lambda: engine.predict(trained, data_path=black),
         lambda: engine.test(trained, datamodule=folder(root, val_split_mode="same_as_test")),
     ):
-        with pytest.raises(ValueError, match=r"'.*black.png' is NaN"):
+        with pytest.raises(ValueError, match=r"The pixels of '.*black.png' are NaN"):
             run()
     shutil.copy(black, root / "train" / "good")
     broken = model()

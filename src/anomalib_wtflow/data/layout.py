@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ def plain_paths() -> Iterator[Any]:
 
     anomalib 2.7 refuses any other path that it is given, but resolves links, so that images keep their own names.
     """
-    with tempfile.TemporaryDirectory(prefix="wtflow-") as links:
+    with ExitStack() as stack:
 
         def plain(path: Path) -> Path:
             if str(path.resolve()).isascii():
                 return path
-            link = Path(links) / str(len(list(Path(links).iterdir())))
             try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wtflow-"))
+                link = Path(folder) / "images"
                 link.symlink_to(path.resolve(), target_is_directory=True)
-            except OSError:  # Windows asks for a right
+            except OSError:  # no folder for temporary files; and Windows asks for a right to link
                 return path
             return link
 
