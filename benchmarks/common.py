@@ -31,9 +31,12 @@ HELP = {
     "data": "names, folders in MVTec's layout, or CLASS:CATEGORY",
     "no-memo": "pass images through the backbone again and again",
     "root": "folder of the data sets given as CLASS:CATEGORY",
+    "predictions": "of each runtime, at most",
     "rounds": "in which what is compared takes turns",
+    "seconds": "of each runtime, at most",
     "seeds": "seeds of the trainings",
     "sides": "positions a side",
+    "tiny": "a tiny model at 33 x 33 pixels",
 }
 METRICS = {
     "image_AUROC": "image AUROC",

@@ -29,7 +29,7 @@ from benchmarks.base import Line, call
 from benchmarks.common import Job, Promise, Verdict, machine_of, table
 
 KEY = ("runtime", "tiny")
-OPTIONS = {"runtimes": ("torch", "OpenVINO f32", "predict"), "predictions": 100_000, "seconds": 600, "tiny": False}
+OPTIONS = {"runtimes": ("torch", "OpenVINO f32", "predict"), "predictions": 100_000, "seconds": 300, "tiny": False}
 QUICK = {"predictions": 40_000, "tiny": True}
 THREADS, IMAGES, LOOKS, STREAM = 4, 8, 100, 10_000
 """Threads that predict at a time, images that take turns, how often the memory is looked at, and files of `predict`."""

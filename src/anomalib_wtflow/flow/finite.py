@@ -5,9 +5,14 @@ from torch import Tensor
 
 
 def finite(*values: Tensor) -> Tensor:
-    """Return whether all numbers of each image are finite, ``(N,)``, from tensors ``(N, ...)``."""
-    whole = [each.isfinite() for each in values]
-    return torch.stack([each if each.ndim == 1 else each.flatten(1).all(dim=1) for each in whole]).all(dim=0)
+    """Return whether all numbers of each image are finite, ``(N,)``, from floating-point tensors ``(N, ...)``."""
+    return torch.stack([_finite(each.flatten(1) if each.ndim > 1 else each[:, None]) for each in values]).all(dim=0)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():  # a runtime may add up in float16, which ends at 65504
+        return rows.isfinite().all(dim=1)
+    return rows.float().sum(dim=1).isfinite()  # a tenth of the time
 
 
 def nan_unless_finite(score: Tensor, *seen: Tensor) -> Tensor:
