@@ -111,7 +111,7 @@ def slope(looks: list[tuple[int, int]]) -> Line:
     predictions, memory = np.array(looks).T
     per_prediction = float(np.polyfit(predictions, memory, 1)[0])
     return {
-        "slope_KiB": round(per_prediction * 1000 / 2**10, 2),
+        "slope_KiB": round(per_prediction * 1000 / 2**10, 2) + 0.0,  # no negative zero
         "first_MiB": round(int(memory[0]) / 2**20, 2),
         "last_MiB": round(int(memory[-1]) / 2**20, 2),
     }
