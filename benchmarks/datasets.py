@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomalib_wtflow import SyntheticParts
-from anomalib_wtflow.operation.data import mvtec_layout
+from anomalib_wtflow.data.layout import mvtec_layout
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 FOLDERS = {name: SHARED / name for name in ("mvtec_bottle", "magnetic_tile", "screw", "elpv_mono")}
@@ -43,8 +43,7 @@ def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> An
         options |= {"category": category, **({"root": str(root)} if root else {})}
         module = get_datamodule({"class_path": f"anomalib.data.{kind}", "init_args": options})
     elif folder.is_dir():
-        module = mvtec_layout(folder)
-        module.train_batch_size = batch_size
+        module = mvtec_layout(folder, **options)
     else:
         choices = f"{', '.join(DATA)}, a folder in MVTec's layout, or a class and category as MVTecAD:screw"
         raise FileNotFoundError(f"There is no data set '{name}': give one of {choices}.")

@@ -196,7 +196,7 @@ def test_each_kind_of_backbone_exports(backbone: str, layers: list[str], image_s
 def test_an_untrained_model_does_not_export(tmp_path: Path) -> None:
     from anomalib_wtflow import WTFlow
 
-    with pytest.raises(RuntimeError, match="not trained: fit it first, or load a checkpoint"):
+    with pytest.raises(ValueError, match="There is no threshold: train the model, or load a trained checkpoint"):
         WTFlow(image_size=64).to_onnx(tmp_path)
 
 
