@@ -1,6 +1,8 @@
 """Move the threshold of a trained model to what the process is like today, without training."""
 
 import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,9 +258,13 @@ def save(source: Path, target: Path, model: WTFlow) -> None:
     model.on_save_checkpoint(checkpoint)
     if "hyper_parameters" in checkpoint:
         checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, target)
+        torch.save(checkpoint, part)
+        part.replace(target)  # at any moment the old file or the new one is there, and whole
     except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            part.unlink()
         msg = f"The checkpoint '{target}' cannot be written ({error}): give --output a path in a folder that can."
         raise ValueError(msg) from error

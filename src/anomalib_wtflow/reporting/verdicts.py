@@ -79,6 +79,11 @@ class Verdicts(Callback):
             self._file.close()
         self._file = None
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the file after a failure."""
+        del exception
+        self.teardown(trainer, pl_module, "")
+
     # Files -----------------------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -121,13 +126,13 @@ class Verdicts(Callback):
 
     def _gather(self, trainer: Trainer, path: Path, rank: int) -> None:
         """Move a process's rows into the first one's file, through their connection: it may be on another machine."""
-        own = trainer.global_rank == rank
+        mine = trainer.global_rank == rank
         file = self.path(trainer, rank)
-        text = trainer.strategy.broadcast(file.read_bytes() if own else b"", rank)
-        if own:
+        text = trainer.strategy.broadcast(file.read_bytes() if mine else b"", rank)
+        if mine:
             file.unlink()
         if trainer.is_global_zero:
-            with path.open("ab") as whole:
+            with one_sentence_for(path), path.open("ab") as whole:
                 whole.write(text.partition(b"\n")[2])
 
 

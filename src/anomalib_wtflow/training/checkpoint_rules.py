@@ -50,7 +50,8 @@ def read(path: str | Path, load: Callable[[str | Path], Any] = load) -> dict[str
     try:
         checkpoint = load(path)
         whole = isinstance(checkpoint, dict) and WRITTEN.issubset(checkpoint)
-        whole = whole and isinstance(checkpoint["state_dict"], dict)
+        state = checkpoint["state_dict"] if whole else None
+        whole = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
     except Exception as error:  # torch's text is left out: it advises to run what is in the file
         whole, reason = False, f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
     if not whole:
@@ -81,7 +82,9 @@ def raise_for_content(checkpoint: dict[str, Any], file: str = "The checkpoint") 
         raise ValueError(msg)
     theirs, ours = said.get("settings", {}), declared()
     lacking = [name for name in ("settings", "products") if name not in said]
-    lacking += [name for name, each in ours.items() if each.metadata["scores"] and name not in theirs]
+    lacking += [
+        name for name, each in ours.items() if (each.metadata["scores"] or name in RESUME) and name not in theirs
+    ]
     unknown = [name for name in theirs if name not in ours]
     if lacking or unknown:
         what = f"has no {lacking[0]}" if lacking else f"has a setting {unknown[0]}"

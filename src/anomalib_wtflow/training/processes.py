@@ -31,6 +31,11 @@ class Processes(Callback):
         del pl_module, stage
         vars(trainer.strategy).pop("process_dataloader", None)
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leave the strategy as it was, after a failure too."""
+        del exception
+        self.teardown(trainer, pl_module, "")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Reduce the epoch's loss in all processes.
 

@@ -40,6 +40,10 @@ class Rest(Sampler[int]):
         """Leave out those that were shown."""
         return islice(iter(self.sampler), self.shown, None)
 
+    def __len__(self) -> int:
+        """How many are left."""
+        return max(0, len(self.sampler) - self.shown)  # type: ignore[arg-type]
+
 
 class SeededOrder(Callback):
     """Order of the training batches, by seed and epoch.
