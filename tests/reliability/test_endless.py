@@ -12,8 +12,8 @@ from benchmarks.base import call
 def test_four_threads(runtime: str, predictions: int) -> None:
     """In a process of its own; every answer is the first one to the same image, bit by bit, from each thread.
 
-    OpenVINO's memory grows for the first 20 000 predictions of so small a model (five seconds), by some 12 MiB, and the
-    slope is that of the second half.
+    OpenVINO's memory in use grows by some 4 MiB in the first 16 000 predictions of so small a model, and the slope is
+    that of the second half.
     """
     line = call(endless.measure, runtime, True, predictions, 600)
     assert line["predictions"] == predictions
