@@ -1,6 +1,6 @@
 """WT-Flow in plain torch: features, normalisation, vector field, flow, density proxy, anomaly map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -290,18 +290,25 @@ class WTFlowModel(nn.Module):
         yield from [("values of the anomaly map", anomaly_map), ("scores", score)]
 
     def broken_tensor(self) -> str | None:
-        """Return the name of a weight or statistic that is NaN or infinite; None if all are as they should be.
+        """Return the name of a weight or statistic that is NaN or infinite; None if all are as they should be."""
+        return next(broken_tensors(self.state_dict()), None)
 
-        Infinite are only limits that do not hold: of recognition with one product or none fitted, of the contrast
-        until it is set.
-        """
-        unlimited = len(self.codes) == 1 or not self.recognition.fitted
-        limits = {"anomaly_map_generator.limit"} | ({"recognition.limit"} if unlimited else set())
-        for name, tensor in self.state_dict().items():
-            broken = tensor.isnan() | (tensor == -torch.inf) if name in limits else ~tensor.isfinite()
-            if broken.any():
-                return name
-        return None
+
+def broken_tensors(state: Mapping[str, Tensor], prefix: str = "") -> Iterator[str]:
+    """Yield the names in a model's state, all behind a prefix, of weights and statistics that are NaN or infinite.
+
+    Infinite are only limits that do not hold: of recognition with one product or not all fitted, of the contrast until
+    it is set.
+    """
+    codes, fitted = (state.get(f"{prefix}{name}") for name in ("codes", "recognition._fitted"))
+    limits = {f"{prefix}anomaly_map_generator.limit"}
+    if codes is None or fitted is None or len(codes) == 1 or not fitted.all():
+        limits.add(f"{prefix}recognition.limit")
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            sound = tensor > -torch.inf if name in limits else tensor.isfinite()
+            if not sound.all():
+                yield name
 
 
 def _make_room(model: WTFlowModel, state: dict[str, Any], prefix: str, *_: Any) -> None:

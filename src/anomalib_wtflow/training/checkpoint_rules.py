@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from anomalib_wtflow.settings import Settings, declared, option
+from anomalib_wtflow.torch_model import broken_tensors
 
 KEY = "wtflow"
 """Where a checkpoint says what WTFlow needs to know of it."""
@@ -104,20 +105,14 @@ def broken_values(checkpoint: dict[str, Any]) -> list[str]:
     given without them. Those that are set in part are broken.
     """
     state: dict[str, Tensor] = checkpoint["state_dict"]
-    broken = [name for name, value in state.items() if name.startswith("model.") and not _sound(name, value)]
+    broken = list(broken_tensors(state, "model."))
     scores = state.get(SCORES, torch.empty(0))
-    if not _sound(SCORES, scores):
+    if not (scores > -torch.inf).all():  # infinity is that of an image like no product
         broken.append(SCORES)
     together = _set_together(checkpoint)
     if len(scores) or not all(state[name].isnan().all() for name in together):
         broken += [name for name in together if not state[name].isfinite().all()]
     return broken
-
-
-def _sound(name: str, value: Tensor) -> bool:
-    """Whether a value is finite, or infinite where that means something: no limit, or an image like no product."""
-    finite = value > -torch.inf if name == SCORES or name.endswith(".limit") else value.isfinite()
-    return bool(finite.all())
 
 
 def _set_together(checkpoint: dict[str, Any]) -> list[str]:
