@@ -10,7 +10,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from anomalib_wtflow.flow.finite import finite
+from anomalib_wtflow.flow.finite import broken, finite
 from anomalib_wtflow.flow.rows import allocate, own
 from anomalib_wtflow.settings import Settings, check
 
@@ -71,6 +71,14 @@ def images_needed(false_alarm_rate: float) -> int:
 def image_name(paths: Sequence[str] | None, place: int) -> str:
     """Name an image of a batch: its file, or where it stands if it has none."""
     return f"image {place} of the batch" if paths is None else f"'{paths[place]}'"
+
+
+def no_verdict(what: str, count: int) -> str:
+    """Say why what is broken of an image, with its verb, lets nobody judge it."""
+    return (
+        f"{what} NaN or infinite ({count} such images in this batch), which is neither normal nor anomalous: the "
+        "weights or the image are broken; load another checkpoint or train again, or replace the image."
+    )
 
 
 class WTFlowPostProcessor(PostProcessor):
@@ -242,15 +250,10 @@ class WTFlowPostProcessor(PostProcessor):
             ValueError: If a score or a pixel of a map is NaN or infinite, or there is no threshold yet.
         """
         values = [each for each in (batch.pred_score, batch.anomaly_map) if each is not None]
-        broken = (~finite(*values)).nonzero().flatten().tolist() if values else []
-        if broken:
-            paths = getattr(batch, "image_path", None)
-            msg = (
-                f"The score or map of {image_name(paths, broken[0])} is NaN or infinite ({len(broken)} such images in "
-                "this batch), which is neither normal nor anomalous: the weights or the image are broken; load another "
-                "checkpoint or train again, or replace the image."
-            )
-            raise ValueError(msg)
+        places = broken(*values) if values else []
+        if places:
+            name = image_name(getattr(batch, "image_path", None), places[0])
+            raise ValueError(no_verdict(f"The score or map of {name} is", len(places)))
         known = getattr(batch, "recognition", None)
         result = self.forward(Scored(batch.pred_score, batch.anomaly_map, *(known or (None, None))))
         batch.update(**{name: value for name, value in result._asdict().items() if value is not None})

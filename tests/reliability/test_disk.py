@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from commands import CONTEXT, checkpoint, run, runs, training
 
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.features.cache import FeatureStore
+from anomalib_wtflow.operation.calibrate import save
+from anomalib_wtflow.operation.checkpoint import load_model
 from anomalib_wtflow.reporting.verdicts import Verdicts, one_sentence_for
 from anomalib_wtflow.training.resuming import WholeCheckpoints, write_whole
 from conftest import quiet_engine
@@ -126,6 +129,18 @@ def test_no_folder_for_temporary_files(no_temporary_folder: None, tmp_path: Path
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_room_for_a_calibrated_checkpoint(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """What stood in its place is as it was."""
+    target = tmp_path / "model.ckpt"
+    shutil.copy(trained.checkpoint, target)
+    model, _, _ = load_model(trained.checkpoint)
+    sentence = rf"The checkpoint '{target}' cannot be written \(File too large\): make room there, or give --output"
+    with largest_file(1_000_000), pytest.raises(ValueError, match=sentence):
+        save(trained.checkpoint, target, model)
+    assert target.read_bytes() == trained.checkpoint.read_bytes()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 class Filling(WTFlow):

@@ -9,6 +9,11 @@ def finite(*values: Tensor) -> Tensor:
     return torch.stack([_finite(each.flatten(1) if each.ndim > 1 else each[:, None]) for each in values]).all(dim=0)
 
 
+def broken(*values: Tensor) -> list[int]:
+    """Return the places of the images that are not :func:`finite`."""
+    return (~finite(*values)).nonzero().flatten().tolist()
+
+
 def _finite(rows: Tensor) -> Tensor:
     if torch.compiler.is_exporting():  # a runtime may add up in float16, which ends at 65504
         return rows.isfinite().all(dim=1)

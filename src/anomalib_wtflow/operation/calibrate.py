@@ -1,9 +1,8 @@
 """Move the threshold of a trained model to what the process is like today, without training."""
 
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
 from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.calibration import Scores, score_images
+from anomalib_wtflow.training.resuming import replace_whole
 
 LAYOUT = ("train", "test", "ground_truth")
 ALPHA = 0.01
@@ -258,13 +258,13 @@ def save(source: Path, target: Path, model: WTFlow) -> None:
     model.on_save_checkpoint(checkpoint)
     if "hyper_parameters" in checkpoint:
         checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
-        part.replace(target)  # at any moment the old file or the new one is there, and whole
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            part.unlink()
-        msg = f"The checkpoint '{target}' cannot be written ({error}): give --output a path in a folder that can."
+        replace_whole(target, buffer.getbuffer())
+    except OSError as error:
+        msg = (
+            f"The checkpoint '{target}' cannot be written ({error.strerror}): make room there, or give --output a path "
+            "in another folder."
+        )
         raise ValueError(msg) from error

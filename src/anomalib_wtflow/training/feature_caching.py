@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from anomalib_wtflow.features.cache import FeatureDataset, FeatureStore, Share, is_deterministic, temporary_folder
-from anomalib_wtflow.flow.finite import finite
+from anomalib_wtflow.flow.finite import broken
 from anomalib_wtflow.flow.rows import Reduce
 from anomalib_wtflow.post_processor import image_name
 from anomalib_wtflow.products import places
@@ -294,11 +294,11 @@ def raise_for_broken_features(features: Tensor, batch: Any) -> None:
     Raises:
         ValueError: If there is one.
     """
-    broken = (~finite(features)).nonzero().flatten().tolist()
-    if broken:
-        what = "features" if finite(batch.image)[broken[0]] else "pixels"
+    places = broken(features)
+    if places:
+        what = "pixels" if places[0] in broken(batch.image) else "features"
         msg = (
-            f"The {what} of {image_name(batch.image_path, broken[0])} are NaN or infinite: check the weights file and "
+            f"The {what} of {image_name(batch.image_path, places[0])} are NaN or infinite: check the weights file and "
             "the image."
         )
         raise ValueError(msg)

@@ -49,11 +49,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         return self.present.load_checkpoint(*args, **kwargs)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a checkpoint's bytes: all of them or, if that fails, none.
+def replace_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file's bytes beside its place and rename it: all of them or, if that fails, none.
 
     Raises:
-        RuntimeError: If the disk is full or the folder cannot be written to.
+        OSError: If the disk is full or the folder cannot be written to.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -63,9 +63,21 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name on no content
         part.replace(path)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             part.unlink()
+        raise
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a checkpoint of a training by :func:`replace_whole`.
+
+    Raises:
+        RuntimeError: If the disk is full or the folder cannot be written to.
+    """
+    try:
+        replace_whole(path, content)
+    except OSError as error:
         last = f"the last whole one is {path}" if path.is_file() else "there is none yet"
         msg = (
             f"A checkpoint cannot be written to {path.parent} ({error.strerror}): make room there, or give "

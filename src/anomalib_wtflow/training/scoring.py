@@ -9,8 +9,8 @@ from anomalib.data import Batch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from anomalib_wtflow.flow.finite import finite
-from anomalib_wtflow.post_processor import image_name
+from anomalib_wtflow.flow.finite import broken, finite
+from anomalib_wtflow.post_processor import image_name, no_verdict
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.torch_model import NormalisedFeatures, Predictions
 
@@ -62,17 +62,12 @@ class Scoring:
         Raises:
             ValueError: If there is such an image.
         """
-        broken = (~finite(predictions.pred_score, predictions.anomaly_map)).nonzero().flatten().tolist()
-        if broken:
-            place = broken[0]
-            stages = self.model.stages(images[place : place + 1])
+        places = broken(predictions.pred_score, predictions.anomaly_map)
+        if places:
+            first = places[0]
+            stages = self.model.stages(images[first : first + 1])
             what = next((name for name, values in stages if not finite(values).all()), "scores")
-            msg = (
-                f"The {what} of {image_name(paths, place)} are NaN or infinite ({len(broken)} such images in this "
-                "batch), which is neither normal nor anomalous: the weights or the image are broken; load another "
-                "checkpoint or train again, or replace the image."
-            )
-            raise ValueError(msg)
+            raise ValueError(no_verdict(f"The {what} of {image_name(paths, first)} are", len(places)))
 
     def raise_for_broken_weights(self) -> None:
         """Refuse a model that an activation could hide the brokenness of.
