@@ -1,5 +1,6 @@
 """No cache of features outlives its training, so none can be stale: what lies about is not read, and is left alone."""
 
+import mmap
 import os
 import pickle
 import stat
@@ -144,14 +145,16 @@ def test_images_that_vanish_while_it_trains(images: Path, clean: Any, temporary:
 
 @pytest.mark.skipif(os.name != "posix", reason="Modes and names of mapped files are POSIX's.")
 def test_files_are_private_and_have_no_name_once_mapped(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[tuple[int, int]] = []
-    from_file = torch.from_file
+    """A file of one process never has one."""
+    made: list[tuple[int, int]] = []
+    mapping = mmap.mmap
 
-    def spy(name: str, **kwargs: Any) -> torch.Tensor:
-        modes.append(tuple(stat.S_IMODE(path.stat().st_mode) for path in (Path(name), Path(name).parent)))
-        return from_file(name, **kwargs)
+    def spy(descriptor: int, size: int) -> mmap.mmap:
+        status = os.fstat(descriptor)
+        made.append((stat.S_IMODE(status.st_mode), status.st_nlink))
+        return mapping(descriptor, size)
 
-    monkeypatch.setattr(torch, "from_file", spy)
+    monkeypatch.setattr(mmap, "mmap", spy)
     old = os.umask(0)
     try:
         store, features = FeatureStore(3, 0), torch.randn(2, 4, 3, 3)
@@ -170,8 +173,9 @@ def test_files_are_private_and_have_no_name_once_mapped(temporary: Path, monkeyp
         FeatureStore(1, 1e9, caching._share).append(features[:1])
     finally:
         os.umask(old)
-    assert modes == [(0o600, 0o700)] * 2
+    assert made == [(0o600, 0), (0o600, 1)]
     assert list(temporary.iterdir()) == [shared]
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o700
     assert torch.equal(store.features, torch.cat([features, features[:1]]))
 
 

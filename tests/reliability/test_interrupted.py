@@ -37,7 +37,7 @@ DICE = random.Random(23)
 MOMENTS: dict[str, tuple[Any, int]] = {
     "before the first image": (Fault(f"{OURS}training.image_check:ImageCheck.setup"), 0),
     "while features are written": (Fault(f"{OURS}features.cache:FeatureStore.append", DICE.randrange(4)), 0),
-    "while the file of features is mapped": (Fault("torch:from_file", DICE.randrange(4)), 0),
+    "while the file of features is mapped": (Fault("mmap:mmap", DICE.randrange(4)), 0),
     "in the first epoch": (Fault(STEP, DICE.randrange(4)), 0),
     "in a later epoch": (Fault(STEP, call := DICE.randrange(4, 12)), call // 4),
     "while weights are averaged": (

@@ -12,11 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from anomalib.data import PredictDataset
 
 from anomalib_wtflow import WTFlow
-from anomalib_wtflow.features.cache import FeatureStore, reserve
 from anomalib_wtflow.training.feature_caching import FeatureCaching
 from conftest import quiet_engine
 
@@ -194,21 +192,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     before = os.umask(0)
     yield tmp_path
     os.umask(before)
-
-
-def test_a_feature_cache_on_disk_is_private(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file, while it has a name."""
-    modes = []
-
-    def seen(file: Path, size: int) -> None:
-        reserve(file, size)
-        modes.extend(path.stat().st_mode & 0o777 for path in (file.parent, file))
-
-    monkeypatch.setattr("anomalib_wtflow.features.cache.reserve", seen)
-    store = FeatureStore(4, budget=0)
-    store.append(torch.ones(4, 1, 2, 2))
-    assert modes == [0o700, 0o600]
-    assert not list(temporary.iterdir())
 
 
 def test_a_feature_cache_of_several_processes_is_private(temporary: Path) -> None:

@@ -1,14 +1,16 @@
 """Features of the frozen backbone, kept between the epochs, so that no image passes the backbone twice (ours)."""
 
 import errno
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import torch
 from anomalib.data import ImageBatch
@@ -86,13 +88,8 @@ class FeatureStore:
         self.share = share or Share()
         self.part = self.share.part(count)
         self.filled = 0
-        self.folder: TemporaryDirectory | None = None
+        self.in_memory = False
         self.rows: Tensor | None = None
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the rows are not in a file."""
-        return self.folder is None and self.share.folder is None
 
     @property
     def features(self) -> Tensor:
@@ -129,34 +126,31 @@ class FeatureStore:
         """
         shape = torch.Size(shape)
         size = shape.numel() * self.dtype.itemsize
-        folder = self.share.folder
-        if folder is None and size <= min(self.budget, available_memory() / 2):
-            self.rows = torch.empty(shape, dtype=self.dtype)
+        if self.share.folder is None and size <= min(self.budget, available_memory() / 2):
+            self.rows, self.in_memory = torch.empty(shape, dtype=self.dtype), True
             return
         parent = temporary_folder()
         try:
-            if folder is None:
-                self.folder = TemporaryDirectory(prefix="wtflow-features-", dir=parent, ignore_cleanup_errors=True)
-                folder = Path(self.folder.name)
-            file = folder / self.name
-            reserve(file, size)
+            with self.made(parent) as file:
+                memory = mapped(file.fileno(), parent, size)
         except OSError as error:
             msg = (
                 f"The feature cache needs {size / 1e9:.3g} GB in {parent} ({error.strerror}): set TMPDIR to a folder "
                 "with more room, lower image_size, or set feature_cache to 0 for no cache."
             )
             raise ValueError(msg) from error
-        self.rows = torch.from_file(str(file), shared=True, size=shape.numel(), dtype=self.dtype).view(shape)
+        self.rows = torch.frombuffer(memory, dtype=self.dtype, count=shape.numel()).view(shape)
+
+    def made(self, parent: Path) -> IO[bytes]:
+        """Make the file: one that has no name, so that nothing is left of it whatever happens, unless others map it."""
         if self.share.folder is None:
-            self.unlink()
+            return TemporaryFile(prefix="wtflow-features-", dir=parent)
+        return open(self.share.folder / self.name, "ab+", opener=partial(os.open, mode=0o600))
 
     def unlink(self) -> None:
         """Take the file's name away once all who share it have it mapped: whatever ends them, nothing is left of it."""
-        folder = self.share.folder or (self.folder and Path(self.folder.name))
-        if folder and os.name == "posix":  # elsewhere a mapped file keeps its name
-            (folder / self.name).unlink(missing_ok=True)
-            if self.folder:
-                self.folder.cleanup()
+        if self.share.folder and os.name == "posix":  # elsewhere a mapped file keeps its name
+            (self.share.folder / self.name).unlink(missing_ok=True)
 
 
 def temporary_folder() -> Path:
@@ -175,23 +169,25 @@ def temporary_folder() -> Path:
         raise ValueError(msg) from error
 
 
-def reserve(file: Path, size: int) -> None:
-    """Make a private file of a size: a mapped one that the disk has no room for would end the process.
+def mapped(descriptor: int, folder: Path, size: int) -> mmap.mmap:
+    """Map an open file into memory once it has a size: one that the disk has no room for would end the process.
 
     Raises:
-        OSError: If there is no room, or the folder cannot be written to.
+        OSError: If there is no room.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    size = max(size, 1)  # nothing cannot be mapped
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
         if getattr(error, "errno", errno.EOPNOTSUPP) not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         # A system without that can only be asked how much room there is by now.
-        if size > os.fstat(descriptor).st_size + disk_usage(file.parent).free:
+        present = os.fstat(descriptor).st_size
+        if size > present + disk_usage(folder).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-    finally:
-        os.close(descriptor)
+        if size > present:
+            os.ftruncate(descriptor, size)
+    return mmap.mmap(descriptor, size)
 
 
 @dataclass
