@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib.data import ImageBatch, PredictDataset
+from anomalib.engine import Engine
 from commands import CONTEXT, checkpoint, run, runs, training
+from torch.utils.data import DataLoader
 
-from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow import SyntheticParts, WTFlow, diagnose
 from anomalib_wtflow.features.cache import FeatureStore
 from anomalib_wtflow.operation.calibrate import save
 from anomalib_wtflow.operation.checkpoint import load_model
-from anomalib_wtflow.reporting.verdicts import Verdicts, one_sentence_for
+from anomalib_wtflow.reporting.verdicts import Verdicts, read
 from anomalib_wtflow.training.resuming import WholeCheckpoints, write_whole
+from anomalib_wtflow.writing import one_sentence_for
 from conftest import quiet_engine
 
 SETTINGS: Any = {"image_size": 64, "max_epochs": 3, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.0}}
@@ -213,11 +217,59 @@ def test_no_room_for_the_verdicts(tmp_path: Path) -> None:
     sentence = rf"cannot be written to {tmp_path}/scores.csv \(File too large\): .* --model.overrides.verdicts f"
     with largest_file(10), pytest.raises(RuntimeError, match=sentence):
         Verdicts()._start(trainer, SimpleNamespace(product_names=[""]))
-    with (
-        pytest.raises(RuntimeError, match=r"to there \(Read-only file system\)"),
-        one_sentence_for(Path("there")),
-    ):
-        raise OSError(30, "Read-only file system")
+
+
+def test_what_fails_for_want_of_room_and_what_does_not(tmp_path: Path) -> None:
+    """A library's error may be silent on that: the folder is asked. Others stay as they are."""
+    sentence = rf"^It cannot be written to {tmp_path}/file \({{}}\): do without\.$"
+    for error in (OSError(30, "Read-only file system"), OSError(28, "")):
+        expected = pytest.raises(RuntimeError, match=sentence.format(os.strerror(error.errno)))
+        with expected as raised, one_sentence_for("It", tmp_path / "file", "do without"):
+            raise error
+        assert raised.value.__cause__ is error
+    for other in (FileNotFoundError(2, "No such file"), RuntimeError("iostream error"), ValueError("28")):
+        with pytest.raises(type(other)) as raised, one_sentence_for("It", tmp_path / "no" / "file", "do without"):
+            raise other
+        assert raised.value is other
+    expected = pytest.raises(RuntimeError, match=sentence.format("File too large"))
+    with largest_file(10), expected, one_sentence_for("It", tmp_path / "file", "do without"):
+        raise RuntimeError("iostream error")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch", "onnx", "openvino"])
+def test_no_room_for_an_export(trained: SimpleNamespace, small_disk: Path, kind: str) -> None:
+    model = WTFlow.load_from_checkpoint(trained.checkpoint).eval()
+    sentence = (
+        rf"^The export cannot be written to {small_disk} \(No space left on device\): make room there, or give --exp"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        getattr(model, f"to_{kind}")(small_disk)
+
+
+@pytest.mark.slow
+def test_no_room_for_pictures(trained: SimpleNamespace, small_disk: Path) -> None:
+    """Verdicts of the batches before stay."""
+    engine = Engine(logger=False, accelerator="cpu", devices=1, default_root_dir=small_disk)
+    model = WTFlow.load_from_checkpoint(trained.checkpoint, visualizer=True)
+    sentence = (
+        rf"^The pictures cannot be written to {small_disk}\S*/images \(No space left on device\): .*visualizer false\.$"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        engine.predict(
+            model, dataloaders=DataLoader(PredictDataset(trained.parts.root / "test"), 4, collate_fn=ImageBatch.collate)
+        )
+    assert len(list(read(next(small_disk.rglob("scores.csv"))))) in range(1, 32)
+
+
+@pytest.mark.slow
+def test_no_room_for_a_diagnosis(trained: SimpleNamespace, small_disk: Path) -> None:
+    (small_disk / "full").write_bytes(bytes(1_000_000))
+    sentence = (
+        rf"^The diagnosis cannot be written to {small_disk}/page/\S* \(No space left on device\): .* as --output\.$"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        diagnose(trained.checkpoint, trained.parts, small_disk / "page", control_steps=0, progress=False)
 
 
 @pytest.mark.slow

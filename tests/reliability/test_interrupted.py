@@ -255,3 +255,37 @@ def test_two_at_once(data: Path, whole: SimpleNamespace, tmp_path: Path) -> None
         for name, tensor in whole.state.items():
             torch.testing.assert_close(state(each)[name], tensor, rtol=0, atol=0, equal_nan=True)
     assert list(temporary.iterdir()) == []
+
+
+def hold(*args: Any, **kwargs: Any) -> None:
+    """Say that it is here, in the folder that it runs in, and wait for the word."""
+    Path("here").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_two_predictions_at_once(data: Path, tmp_path: Path) -> None:
+    """They would write into one file: the second is told so before it judges anything, and the first's is whole."""
+    done = run(tmp_path, *training(data, epochs=1))
+    assert done.status == 0, done.text
+    (only,) = runs(tmp_path)
+    images = next(data.rglob("test"))
+    words = ["predict", "--model", "WTFlow", "--model.image_size", 64, "--ckpt_path", checkpoint(only)]
+    words += ["--data", images]
+    first = Command(tmp_path, *words, faults=[partial(place, f"{OURS}reporting.verdicts:Verdicts._write", 0, hold)])
+    while not (tmp_path / "here").exists() and first.process.is_alive():
+        time.sleep(0.01)
+    second = run(tmp_path, *words, log="second.txt")
+    apart = run(tmp_path, *words, "--default_root_dir", "other", log="apart.txt")
+    (tmp_path / "go").touch()
+    assert first.end().status == 0
+    assert second.status == 1
+    table = tmp_path / "results" / "WTFlow" / "latest" / "scores.csv"
+    assert f"RuntimeError: Another run is writing its verdicts to {table}: wait" in second.text.splitlines()[-1]
+    assert apart.status == 0, apart.text
+    paths = sorted(map(str, images.rglob("*.png")))
+    for each in (table, next((tmp_path / "other").rglob("scores.csv"))):
+        with each.open() as file:
+            assert sorted(row["image_path"] for row in csv.DictReader(file)) == paths
+    assert run(tmp_path, *words, log="after.txt").status == 0

@@ -16,7 +16,7 @@ from rich.console import Console
 from anomalib_wtflow import WTFlow, WTFlowPostProcessor
 from anomalib_wtflow.products import UNKNOWN, Recognition
 from anomalib_wtflow.reporting.summary import Summary, sentences, show
-from anomalib_wtflow.reporting.verdicts import COLUMNS, read, rows_of, to_json
+from anomalib_wtflow.reporting.verdicts import COLUMNS, Verdicts, read, rows_of, to_json
 from conftest import quiet_engine
 
 
@@ -196,3 +196,15 @@ def test_a_promise_needs_good_and_defective_images() -> None:
     assert any("no good images" in line for line in sentences(Summary(images=1, judged=1, truly_anomalous=1)))
     assert not any("AUROC" in line for line in sentences(Summary(images=1, judged=1)))
     assert sentences(Summary(images=3)) == ["3 images without verdicts: the model has no threshold."]
+
+
+def test_a_file_takes_the_verdicts_of_one_run_at_a_time(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, global_rank=0)
+    model = SimpleNamespace(product_names=[""])
+    first, second = Verdicts(), Verdicts()
+    first._start(trainer, model)
+    with pytest.raises(RuntimeError, match=rf"^Another run .* to {tmp_path}/scores.csv: wait .* --default_root_dir\.$"):
+        second._start(trainer, model)
+    first.on_exception(trainer, model, KeyboardInterrupt())
+    second._start(trainer, model)
+    second.teardown(trainer, model, "predict")

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from anomalib_wtflow.flow.solver import not_exportable
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.training.calibration import Chosen, choose, score_images
+from anomalib_wtflow.writing import one_sentence_for
 
 OPSET = 18
 RANGE_IMAGES = 128
@@ -39,6 +40,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def told(export: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """Say that the root folder among an export's arguments takes no file."""
+    root = Path(signature(export).bind_partial(*args, **kwargs).arguments.get("export_root", "."))
+    way = "make room there, or give --export_root another folder; what is there of this export is not whole"
+    return one_sentence_for("The export", root, way)
 
 
 class Exports:
@@ -62,21 +70,26 @@ class Exports:
 
         Raises:
             ValueError: If the solver is adaptive, and so does not export, or a weight or threshold is not finite.
+            RuntimeError: If the root folder takes no file of that size.
         """
         self._check_exportable()
-        with frozen(self):  # type: ignore[arg-type]
-            return super().to_torch(*args, **kwargs)  # type: ignore[misc]
+        parent: Any = super()
+        with told(parent.to_torch, args, kwargs), frozen(self):  # type: ignore[arg-type]
+            return parent.to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
         """Export as anomalib does, to ONNX and, on the way, to OpenVINO.
 
         Raises:
             ValueError: If the solver is adaptive, and so does not export, or a weight or threshold is not finite.
+            RuntimeError: If the root folder takes no file of that size.
         """
         self._check_exportable()
         # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
-        path = super().to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})  # type: ignore[misc]
-        write_onnx(path, describe(self, self.post_processor, "FP32", promised=True))
+        parent: Any = super()
+        with told(parent.to_onnx, args, kwargs):
+            path = parent.to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})
+            write_onnx(path, describe(self, self.post_processor, "FP32", promised=True))
         return path
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
@@ -88,22 +101,24 @@ class Exports:
         Raises:
             ValueError: If the solver is adaptive, and so does not export, a weight or threshold is not finite, INT8_PTQ
                 is given no data module, or images that a fixed ``input_size`` does not fit.
+            RuntimeError: If the root folder takes no file of that size.
         """
         parent: Any = super()
         given = signature(parent.to_openvino).bind(*args, **kwargs).arguments
         compression, data = given.get("compression_type"), given.get("datamodule")
         self._thresholds_of = (copy.deepcopy(self.post_processor),)
         try:
-            with placed(self.post_processor) if self._calibrates(compression) else nullcontext():
-                path = parent.to_openvino(*args, **kwargs)
-            promised = compression in (None, CompressionType.FP16) or (
-                self._calibrates(compression) and data is not None
-            )
-            precision = "FP32" if compression is None else CompressionType(compression).name
-            write_openvino(path, describe(self, *self._thresholds_of, precision, promised))
+            with told(parent.to_openvino, args, kwargs):
+                with placed(self.post_processor) if self._calibrates(compression) else nullcontext():
+                    path = parent.to_openvino(*args, **kwargs)
+                promised = compression in (None, CompressionType.FP16) or (
+                    self._calibrates(compression) and data is not None
+                )
+                precision = "FP32" if compression is None else CompressionType(compression).name
+                write_openvino(path, describe(self, *self._thresholds_of, precision, promised))
+                keep_precise(path, count_convolutions(self.model.feature_extractor))
         finally:
             self._thresholds_of = ()
-        keep_precise(path, count_convolutions(self.model.feature_extractor))
         return path
 
     def _compress_ov_model(

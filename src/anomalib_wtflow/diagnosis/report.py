@@ -14,6 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from anomalib_wtflow.writing import one_sentence_for
+
 Section = tuple[str, Figure, str, str]
 """File name of the figure, the figure, its title and its explanation."""
 
@@ -54,6 +56,16 @@ def embedded(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def put(file: Path, content: bytes) -> None:
+    """Write a file of a diagnosis.
+
+    Raises:
+        RuntimeError: If the disk is full or the folder cannot be written to.
+    """
+    with one_sentence_for("The diagnosis", file, "make room there, or give another folder as --output"):
+        file.write_bytes(content)
+
+
 def image_of(output: Path, name: str, figure: Figure, alt: str) -> str:
     """Write ``<name>.png``, and return an ``img`` that holds the same."""
     buffer = io.BytesIO()
@@ -61,7 +73,7 @@ def image_of(output: Path, name: str, figure: Figure, alt: str) -> str:
         # A kind may have a name with letters that matplotlib's font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message=r"Glyph \d+")
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    (output / f"{name}.png").write_bytes(buffer.getvalue())
+    put(output / f"{name}.png", buffer.getvalue())
     return f'<img alt="{escape(alt)}" src="{embedded(buffer.getvalue(), "png")}">'
 
 
@@ -100,11 +112,12 @@ def write_report(
 
     Raises:
         ValueError: If a number is NaN or infinite, or the folder cannot be written to.
+        RuntimeError: If the disk is full.
     """
     text = json.dumps(_rounded(numbers), allow_nan=False)
     make_folder(output)
     inside = "\n".join(section_of(output, section) for section in sections)
-    (output / "numbers.json").write_text(text + "\n", encoding="utf-8")
+    put(output / "numbers.json", f"{text}\n".encode())
     page = output / "index.html"
     html = Template(part_of_page("page.html")).substitute(
         title=escape(title),
@@ -114,5 +127,5 @@ def write_report(
         style=part_of_page("page.css"),
         script=part_of_page("page.js"),
     )
-    page.write_text(html, encoding="utf-8")
+    put(page, html.encode())
     return page

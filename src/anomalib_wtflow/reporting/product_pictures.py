@@ -5,6 +5,10 @@ from typing import Any
 
 from anomalib.visualization import ImageVisualizer
 
+from anomalib_wtflow.writing import one_sentence_for
+
+WAY = "make room there, or do without them by --model.visualizer false"
+
 
 class ProductVisualizer(ImageVisualizer):
     """anomalib's visualizer, with a folder for each product: the images' own, or the one that the model recognises.
@@ -14,20 +18,21 @@ class ProductVisualizer(ImageVisualizer):
     """
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
-        """Save the pictures of a batch."""
+        """Save the pictures of a batch.
+
+        Raises:
+            RuntimeError: If the disk is full or the folder cannot be written to.
+        """
         names = getattr(batch, "product", None)
         if names is None and len(pl_module.product_names) > 1:
             names = pl_module.recognised(batch.recognition)
         whole = Path(trainer.default_root_dir) / "images" if self.output_dir is None else Path(self.output_dir)
-        self.output_dir = whole
-        if names is None:
-            super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
-            return
         above = str(getattr(getattr(trainer, "datamodule", None), "name", "")).lower()
         try:
-            for item, name in zip(batch, names, strict=True):
-                inside = above in (part.lower() for part in Path(item.image_path).parts)
-                self.output_dir = whole if inside else whole / name
-                super().on_test_batch_end(trainer, pl_module, outputs, [item], *args)  # type: ignore[arg-type]
+            with one_sentence_for("The pictures", whole, WAY):
+                for item, name in zip(batch, names or [""] * batch.batch_size, strict=True):
+                    inside = above in (part.lower() for part in Path(item.image_path or "").parts)
+                    self.output_dir = whole if inside else whole / name
+                    super().on_test_batch_end(trainer, pl_module, outputs, [item], *args)  # type: ignore[arg-type]
         finally:
             self.output_dir = whole

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchmetrics.classification import BinaryAUROC
 from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 
+from anomalib_wtflow.writing import one_sentence_for
+
 FILE = "products.json"
 THRESHOLDS = 2000
 """Steps of the normalised scores in [0, 1] at which the pixel AUROC of a product is taken."""
@@ -78,8 +80,9 @@ class ProductReport(Callback):
         for name, value in report["mean"].items():
             pl_module.log(f"products_{name}", value, rank_zero_only=True)
         path = Path(trainer.default_root_dir) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with one_sentence_for("The report of products", path, "make room there, or give another --default_root_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         for table in tables(report):
             Console().print(table)
 

@@ -6,17 +6,19 @@ import json
 import math
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from anomalib_wtflow.flow.rows import own
 from anomalib_wtflow.products import UNKNOWN
 from anomalib_wtflow.reporting.summary import HIGHEST, Summary, show
+from anomalib_wtflow.writing import one_sentence_for
 
 NAME = "scores"
 GOOD, ANOMALOUS = "good", "anomalous"
@@ -40,11 +42,13 @@ class Verdicts(Callback):
     """Write ``scores.csv`` and ``scores.json`` into the run's folder, beside the pictures, and print what is in them.
 
     Rows are written as the images come, and none is kept: a stream of images takes no memory, and what was judged
-    before a run was stopped is in the file. The JSON file is made from it at the end.
+    before a run was stopped is in the file. The JSON file is made from it at the end. A folder takes the verdicts of
+    one run at a time: rows of two would be lost among each other.
     """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
+        self._lock: FileLock | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the files anew."""
@@ -73,11 +77,12 @@ class Verdicts(Callback):
         self._finish(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Close the file, whatever happened."""
+        """Close the file and leave the folder to other runs, whatever happened."""
         del trainer, pl_module, stage
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        self._close()
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Close the file after a failure."""
@@ -93,8 +98,10 @@ class Verdicts(Callback):
 
     def _start(self, trainer: Trainer, pl_module: Any) -> None:
         path = self.path(trainer, trainer.global_rank)
-        with one_sentence_for(path):
+        with told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if trainer.global_rank == 0:
+                self._lock = locked(path)
             path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
             self._file = path.open("w", newline="", encoding="utf-8")
             self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
@@ -105,12 +112,17 @@ class Verdicts(Callback):
     def _write(self, pl_module: Any, batch: Any) -> None:
         if self._file is not None:
             rows = rows_of(pl_module, batch)
-            with one_sentence_for(Path(self._file.name)):
+            with told(Path(self._file.name)):
                 self._rows.writerows(rows)
                 self._file.flush()
 
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
     def _finish(self, trainer: Trainer, pl_module: Any) -> None:
-        self.teardown(trainer, pl_module, "")
+        self._close()
         path = self.path(trainer)
         for rank in range(1, trainer.world_size):
             self._gather(trainer, path, rank)
@@ -120,7 +132,7 @@ class Verdicts(Callback):
         rates = getattr(post, "promised_false_alarm_rate", torch.empty(0)).tolist()
         promises = dict(zip(pl_module.product_names, rates, strict=False))
         limit = float(getattr(post, "normalized_image_threshold", 0.5))
-        with one_sentence_for(path.with_suffix(".json")):
+        with told(path.with_suffix(".json")):
             summary = to_json(path, {name: rate for name, rate in promises.items() if rate == rate}, limit)
         show(summary, path)
 
@@ -132,25 +144,32 @@ class Verdicts(Callback):
         if mine:
             file.unlink()
         if trainer.is_global_zero:
-            with one_sentence_for(path), path.open("ab") as whole:
+            with told(path), path.open("ab") as whole:
                 whole.write(text.partition(b"\n")[2])
 
 
-@contextmanager
-def one_sentence_for(path: Path) -> Iterator[None]:
-    """Say which file cannot be written, which an error of a full disk does not.
+def told(path: Path) -> AbstractContextManager[None]:
+    """Say that verdicts cannot be written."""
+    way = "make room there, or do without them by --model.overrides.verdicts false"
+    return one_sentence_for("The verdicts", path, way)
+
+
+def locked(path: Path) -> FileLock:
+    """Keep other runs from writing to a file until the lock is released, or this process has ended in any way.
 
     Raises:
-        RuntimeError: If the disk is full or the folder cannot be written to.
+        RuntimeError: If another run is writing to it.
     """
+    lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=0)
     try:
-        yield
-    except OSError as error:
+        lock.acquire()
+    except Timeout as error:
         msg = (
-            f"The verdicts cannot be written to {path} ({error.strerror}): make room there, or do without them by "
-            "--model.overrides.verdicts false."
+            f"Another run is writing its verdicts to {path}: wait until it has ended, or give this one a folder of its "
+            "own by --default_root_dir."
         )
         raise RuntimeError(msg) from error
+    return lock
 
 
 def rows_of(model: Any, batch: Any) -> list[dict[str, Any]]:

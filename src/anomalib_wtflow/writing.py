@@ -1,0 +1,47 @@
+"""Files that cannot be written, in words: libraries' errors of a full disk seldom say which, or that it is full."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors that only writing gives."""
+ROOM = 2**20
+"""Bytes that a folder is asked to take."""
+
+
+@contextmanager
+def one_sentence_for(what: str, place: Path, way: str) -> Iterator[None]:
+    """Say what cannot be written where, and what else to do, if that is why something fails.
+
+    Args:
+        what: What is written, as the beginning of a sentence.
+        place: Its file or folder.
+        way: What to do about it, as the end of a sentence.
+
+    Raises:
+        RuntimeError: If something fails and the disk is full or the folder cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number in FULL else refusal(place)
+        if reason is None:
+            raise
+        msg = f"{what} cannot be written to {place} ({reason}): {way}."
+        raise RuntimeError(msg) from error
+
+
+def refusal(place: Path) -> str | None:
+    """Return why a folder, or that of a file, takes no megabyte more; None if it does."""
+    folder = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    try:
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+    except OSError as error:
+        return error.strerror
+    return None
