@@ -62,7 +62,7 @@ def test_more_than_8_bits(folder: Path, tmp_path: Path) -> None:
     """anomalib would clip 16-bit grey to white: bad parts would look like good ones."""
     deep = folder / "train/good/003.png"
     Image.fromarray(np.full((64, 64), 40000, np.uint16)).save(deep)
-    message = r"The image '.*003.png' has more than 8 bits a pixel \(mode I;16\), which anomalib clips: convert"
+    message = r"The image '.*003.png' has more than 8 bits a pixel \(mode I(;16)?\), which anomalib clips: convert"
     with pytest.raises(ValueError, match=message):
         fit(folder, tmp_path)
     model = WTFlow(image_size=64)
