@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.training.processes import use_one_folder
 from conftest import as_mvtec, quiet_engine
 
 PROGRAM = """
@@ -69,3 +71,14 @@ def test_each_image_passes_the_backbone_once_in_all_processes(parts: SyntheticPa
     torch.testing.assert_close(states[0]["model.normalization.mean"], single.model.normalization.mean)
     threshold = single.post_processor.image_threshold
     assert abs(states[0]["post_processor._image_threshold"] - threshold) < 0.1 * threshold
+
+
+@pytest.mark.parametrize(("name", "leads"), [("v1", "v1"), ("mine", "v0")])
+def test_latest_leads_to_a_version_of_a_run_and_to_nothing_else(tmp_path: Path, name: str, leads: str) -> None:
+    """A ``latest`` beside the folder of a plain Lightning run is the user's own."""
+    for folder in ("v0", name):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "v0")
+    strategy = SimpleNamespace(broadcast=lambda path: path, barrier=lambda name: None)
+    use_one_folder(SimpleNamespace(default_root_dir=str(tmp_path / name), strategy=strategy, is_global_zero=True))
+    assert (tmp_path / "latest").resolve() == tmp_path / leads

@@ -1,5 +1,6 @@
 """What keeps the processes of a distributed run together."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def use_one_folder(trainer: Trainer) -> None:
     """Have all processes write into the first one's folder, and ``latest`` lead there.
 
     anomalib makes a version of the folder in each process, the last of which becomes ``latest``: of the others' only
-    those are left that have something in them.
+    those are left that have something in them. A run outside anomalib's versions has no ``latest``.
     """
     own = Path(trainer.default_root_dir)
     root = Path(trainer.strategy.broadcast(trainer.default_root_dir))
@@ -61,7 +62,8 @@ def use_one_folder(trainer: Trainer) -> None:
             own.rmdir()
     trainer.strategy.barrier("folder")
     latest = root.parent / "latest"
-    if trainer.is_global_zero and latest.is_symlink() and latest.resolve() != root.resolve():
+    versioned = re.fullmatch(r"v\d+", root.name) and latest.is_symlink()
+    if trainer.is_global_zero and versioned and latest.resolve() != root.resolve():
         latest.unlink()
         latest.symlink_to(root, target_is_directory=True)
 
