@@ -1,14 +1,17 @@
 """Checkpoints that are none, broken, hostile, or another's: refused in one sentence, whatever reads them."""
 
 import os
+import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
@@ -24,6 +27,7 @@ from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.checkpoint_reading import CheckedReading
 from conftest import quiet_engine
 
+POST = checkpoint_rules.POST
 SMALL: dict[str, Any] = {"image_size": 128, "overrides": {"coupling": "worst_of_two", "plateau": 0.0}}
 """Settings of the ``trained`` model that a checkpoint compares."""
 
@@ -90,8 +94,7 @@ def check(error: BaseException, path: Path, sentence: str) -> None:
     """One line that names the file and the way out, nothing of torch's behind it, and nothing executed."""
     assert f"{path}{sentence}" in str(error)
     assert "\n" not in str(error)
-    assert error.__cause__ is None
-    assert error.__context__ is None
+    assert not isinstance(error.__cause__ or error.__context__, UnpicklingError)
     assert "Weights only load failed" not in "".join(traceback.format_exception(error))
     assert not (path.parent / "executed").exists()
 
@@ -105,15 +108,32 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_a_sentence(bad: Path, kind: 
     assert isinstance(error.value, FileNotFoundError) == (kind in ("missing", "folder"))
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "out of memory"),
+    ],
+)
 def test_a_file_that_may_not_be_read_is_named_with_the_reason(
-    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of a WTFlow model \(Permission denied\): give"):
+    with pytest.raises(ValueError, match=rf"'{trained.checkpoint}' cannot be read \({reason}\), which says") as said:
         checkpoint_rules.read(trained.checkpoint)
+    assert said.value.__cause__ is error
+
+
+def test_what_cannot_be_read_keeps_its_cause(bad: Path) -> None:
+    """But for pickle's error, in which torch advises to run the file (:func:`check`)."""
+    with pytest.raises(ValueError, match="is not a checkpoint") as said:
+        checkpoint_rules.read(bad / "truncated.ckpt")
+    assert "PytorchStreamReader" in str(said.value.__cause__)
 
 
 WAYS: dict[str, Callable[[Engine, Any, Path], Any]] = {
@@ -141,6 +161,80 @@ def test_whatever_reads_a_checkpoint_refuses_alike(
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             WAYS[way](quiet_engine(tmp_path), trained.parts, path)
         check(error.value, path, KINDS[kind])
+
+
+def without(checkpoint: dict[str, Any], name: str) -> None:
+    del checkpoint[name]
+
+
+def reshape(checkpoint: dict[str, Any], name: str, *shape: int) -> None:
+    state = checkpoint["state_dict"]
+    state[name] = torch.ones(shape, dtype=state[name].dtype)
+
+
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "hyper_parameters": (lambda each: each.update(hyper_parameters="text"), "hyper_parameters is no dict"),
+    "no_hyper_parameters": (lambda each: without(each, "hyper_parameters"), "hyper_parameters is no dict"),
+    "callbacks": (lambda each: each.update(callbacks=[1]), "callbacks is no dict"),
+    "epoch": (lambda each: each.update(epoch="last"), "epoch is no int"),
+    "products": (lambda each: each["wtflow"].update(products=["a", "b"]), "its products are not those of its weights"),
+    "scores": (
+        lambda each: reshape(each, checkpoint_rules.SCORES, 2, 2),
+        "post_processor.calibration_scores has another shape than its products",
+    ),
+    "threshold": (lambda each: reshape(each, f"{POST}_image_threshold", 3), f"{POST}_image_threshold"),
+    "no_threshold": (lambda each: without(each["state_dict"], f"{POST}_pixel_threshold"), f"{POST}_pixel_threshold"),
+    "centroids": (lambda each: reshape(each, "model.recognition.centroids", 1, 2), "model.recognition.centroids"),
+}
+
+
+@pytest.fixture(scope="module")
+def forms(trained: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints whose parts are of other types or shapes."""
+    folder = tmp_path_factory.mktemp("forms")
+    for name, (spoil, _) in FORMS.items():
+        checkpoint = torch.load(trained.checkpoint, weights_only=True)
+        for each in (checkpoint["wtflow"]["settings"], checkpoint["hyper_parameters"]):
+            each["false_alarm_rate"] = 0.05
+        spoil(checkpoint)
+        torch.save(checkpoint, folder / f"{name}.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_type_or_shape_is_refused_alike(
+    forms: Path, trained: SimpleNamespace, tmp_path: Path, way: str
+) -> None:
+    for kind in ("no_hyper_parameters", "centroids" if way == "start_from" else "threshold"):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            WAYS[way](quiet_engine(tmp_path), trained.parts, (forms / f"{kind}.ckpt").resolve())
+        assert FORMS[kind][1].removeprefix("model.") in str(error.value)
+        assert "\n" not in str(error.value)
+        assert errors.raised_here(error.value.__traceback__)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_part_of_another_type_or_shape_is_named(forms: Path, kind: str) -> None:
+    what = FORMS[kind][1]
+    sentence = f"is broken, {what}: give another" if " " in what else f"names or shapes than the model ({what}), so"
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        WTFlow.load_from_checkpoint(forms / f"{kind}.ckpt")
+    assert errors.raised_here(error.value.__traceback__)
+
+
+def test_numpys_numbers_among_the_settings_are_read_alike(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """As anomalib reads them: a rate that was computed with numpy is in the checkpoint as numpy's."""
+    path = tmp_path / "numpy.ckpt"
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    for each in (checkpoint["hyper_parameters"], checkpoint["wtflow"]["settings"]):
+        each["false_alarm_rate"] = np.float64(0.1)
+    torch.save(checkpoint, path)
+    with pytest.raises(UnpicklingError):
+        torch.load(path, weights_only=True)
+    data = {"datamodule": trained.parts, "ckpt_path": path}
+    quiet_engine(tmp_path).validate(WTFlow(**SMALL, false_alarm_rate=0.1), **data, verbose=False)
+    assert WTFlow.load_from_checkpoint(path).settings.false_alarm_rate == 0.1
+    assert quiet_engine(tmp_path).export(WTFlow(**SMALL), "torch", ckpt_path=path).is_file()
 
 
 def test_weights_run_nothing(tmp_path: Path) -> None:
