@@ -6,6 +6,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -14,17 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine import Engine
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models import Padim
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 
-from anomalib_wtflow import WTFlow, calibrate, diagnose
+from anomalib_wtflow import SyntheticParts, WTFlow, calibrate, diagnose
 from anomalib_wtflow.cli import errors
 from anomalib_wtflow.features.backbone import load_weights_file
 from anomalib_wtflow.operation.data import data_sets
-from anomalib_wtflow.training import checkpoint_rules
-from anomalib_wtflow.training.checkpoint_reading import CheckedReading
+from anomalib_wtflow.training import checkpoint_rules, resuming
+from anomalib_wtflow.training.checkpoint_reading import checked
 from conftest import quiet_engine
 
 POST = checkpoint_rules.POST
@@ -379,16 +382,67 @@ def test_the_trainers_reading_is_given_back(bad: Path, trained: SimpleNamespace,
     with pytest.raises(ValueError, match="is not a checkpoint"):
         engine.validate(WTFlow(**SMALL), datamodule=trained.parts, ckpt_path=bad / "text.ckpt")
     before = engine.trainer.strategy.checkpoint_io
-    assert not isinstance(before, CheckedReading)
+    assert vars(before) == {"extra_safe_globals": []}
     engine.validate(WTFlow(**SMALL), datamodule=trained.parts, ckpt_path=trained.checkpoint)
     assert engine.trainer.strategy.checkpoint_io is before
+    assert vars(before) == {"extra_safe_globals": []}
+
+
+class Own(AnomalibCheckpointIO):
+    """A user's, which writes as Lightning does, and knows what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.append("load")
+        return super().load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.asked.append("remove")
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        self.asked.append("teardown")
+
+
+class Failing(WTFlow):
+    """Fails in the middle of its second epoch."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.trainer.global_step == 3:
+            raise ZeroDivisionError
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [WTFlow, Failing])
+def test_a_users_own_plugin_stays_in_force(
+    parts: SyntheticParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[WTFlow]
+) -> None:
+    """While WTFlow reads by its rules and writes whole files; and it is as it was after the run, failed or not."""
+    own, written = Own(), []
+    saving = ModelCheckpoint(tmp_path / "own", "{step}", save_on_exception=True)
+    engine = quiet_engine(tmp_path, plugins=[own], callbacks=[saving])
+    write = resuming.write_whole
+    monkeypatch.setattr(resuming, "write_whole", lambda path, *of: written.append(path.name) or write(path, *of))
+    parts.train_batch_size = 8
+    with pytest.raises(ZeroDivisionError) if kind is Failing else nullcontext():
+        engine.fit(kind(max_epochs=2, false_alarm_rate=0.1, **SMALL), datamodule=parts)
+    assert written == ["step=2.ckpt", "step=3.ckpt" if kind is Failing else "step=4.ckpt"]
+    assert own.asked == [*(["remove"] if kind is WTFlow else []), "teardown"]
+    assert engine.trainer.strategy.checkpoint_io is own
+    assert set(vars(own)) == {"extra_safe_globals", "asked"}
+    engine.validate(WTFlow(**SMALL), datamodule=parts, ckpt_path=saving.best_model_path, verbose=False)
+    assert own.asked[-2:] == ["load", "teardown"]
+    assert set(vars(own)) == {"extra_safe_globals", "asked"}
 
 
 def test_what_is_no_file_of_this_machine_is_left_to_lightning() -> None:
     """A URL that a user names is read by what reads it otherwise, as plain values all the same."""
     asked = []
-    inner = SimpleNamespace(load_checkpoint=lambda path, **options: asked.append((path, options)) or {})
-    assert CheckedReading(inner).load_checkpoint("https://host/model.ckpt", weights_only=None) == {}
+    read = checked(lambda path, **options: asked.append((path, options)) or {})
+    assert read("https://host/model.ckpt", weights_only=None) == {}
     assert asked == [("https://host/model.ckpt", {"weights_only": True})]
 
 
