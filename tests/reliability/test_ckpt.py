@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models import Padim
@@ -490,6 +491,10 @@ def test_the_command_shows_our_errors_without_a_traceback(
     sys.excepthook(type(ours), ours, ours.__traceback__)
     assert capsys.readouterr().err == f"error: {ours}\n"
     assert shown == []
+    anomalibs = caught(lambda: PredictDataset(bad / "nowhere"))  # of a path, before it asks the model
+    sys.excepthook(type(anomalibs), anomalibs, anomalibs.__traceback__)
+    assert capsys.readouterr().err == f"error: Path does not exist: {bad / 'nowhere'}\n"
+    assert shown == []
     others = [
         caught(lambda: checkpoint_rules.load(bad / "text.ckpt")),
         caught(lambda: WTFlow(**SMALL).model.field.load_state_dict({})),
@@ -529,19 +534,26 @@ def test_each_command_ends_with_the_sentence_alone(bad: Path, trained: SimpleNam
     model = ["--model", "WTFlow", "--model.image_size", "128"]
     data = ["--data", "Folder", "--data.name", "parts", "--data.root", str(trained.parts.root)]
     data += ["--data.normal_dir", "train/good", "--data.num_workers", "0"]
-    commands = {
-        "train": ([*model, *data, "--ckpt_path", str(bad / "text.ckpt")], f"'{bad / 'text.ckpt'}{NONE}"),
-        "test": ([*model, *data, "--ckpt_path", str(bad / "hostile.ckpt")], f"'{bad / 'hostile.ckpt'}{NONE}"),
-        "predict": (
-            [*model, "--data", str(tmp_path / "images"), "--ckpt_path", str(trained.checkpoint)],
+    (tmp_path / "empty").mkdir()
+    nowhere = tmp_path / "nowhere"
+    other = ["--data", "Folder", "--data.name", "x", "--data.root", str(nowhere), "--data.normal_dir", "good"]
+    predict = ["predict", *model, "--ckpt_path", str(trained.checkpoint), "--data"]
+    commands = [
+        (["train", *model, *data, "--ckpt_path", str(bad / "text.ckpt")], f"'{bad / 'text.ckpt'}{NONE}"),
+        (["train", *model, *other], f"There is nothing at '{nowhere}/good', where the data module looks for images:"),
+        (["test", *model, *data, "--ckpt_path", str(bad / "hostile.ckpt")], f"'{bad / 'hostile.ckpt'}{NONE}"),
+        (
+            [*predict, str(tmp_path / "images")],
             f"The image '{tmp_path / 'images' / '2.png'}' cannot be read: remove it or replace it by a whole file",
         ),
-        "export": (
-            [*model, "--export_type", "torch", "--ckpt_path", str(bad / "padim.ckpt")],
+        ([*predict, str(nowhere)], f"Path does not exist: {nowhere}"),
+        ([*predict, str(tmp_path / "empty")], f"Found 0 images in {tmp_path / 'empty'}"),
+        (
+            ["export", *model, "--export_type", "torch", "--ckpt_path", str(bad / "padim.ckpt")],
             f"'{bad / 'padim.ckpt'}' holds another model than WTFlow: give the model.ckpt of a WTFlow run.",
         ),
-    }
-    code = COMMANDS.format(commands=[[name, *arguments] for name, (arguments, _) in commands.items()])
+    ]
+    code = COMMANDS.format(commands=[arguments for arguments, _ in commands])
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=tmp_path,
@@ -552,9 +564,9 @@ def test_each_command_ends_with_the_sentence_alone(bad: Path, trained: SimpleNam
     )
     output = result.stdout
     assert "Traceback" not in output
-    for block, (name, (_, sentence)) in zip(output.split("COMMAND ")[1:], commands.items(), strict=True):
+    for block, (arguments, sentence) in zip(output.split("COMMAND ")[1:], commands, strict=True):
         lines = [line for line in block.splitlines() if line.strip()]
-        assert lines[0] == name
+        assert lines[0] == arguments[0]
         assert lines[-1].startswith(f"error: {sentence}"), block
         assert len(lines) <= 12, block
     assert not (bad / "executed").exists()
