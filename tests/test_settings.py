@@ -382,3 +382,10 @@ def test_unknown_overrides() -> None:
 def test_overrides_that_are_no_mapping() -> None:
     with pytest.raises(ValueError, match=r"^overrides is \['coupling'\]: give settings by name"):
         WTFlow(overrides=["coupling"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in declared() if not isinstance(getattr(Settings(), name), str)])
+def test_no_setting_may_be_nan_or_infinite(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {value}: choose .*\.$"):
+        get_settings(**{name: value})

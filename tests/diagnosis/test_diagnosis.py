@@ -234,7 +234,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return f"{capsys.readouterr().err}{stop.value.code}"
 
 
-def test_errors_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_errors_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], trained: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert "give --ckpt_path and --data, or --toy" in run(capsys)
     message = run(capsys, "--ckpt_path", "none.ckpt", "--data", tmp_path)
     assert message.startswith("error: There is no checkpoint at 'none.ckpt': give the model.ckpt that 'anomalib train")
@@ -249,8 +252,28 @@ def test_errors_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: P
     message = run(capsys, "--ckpt_path", "x", "--data", "SyntheticParts", "--data.side", 10)
     assert message.startswith("error: SyntheticParts was asked for 64, 40 and 16 images of 10 pixels: draw at least")
     assert "is required but not" in run(capsys, "--ckpt_path", "x", "--data", "Folder")
-    assert "Nonsense" in run(capsys, "--ckpt_path", "x", "--data", "Nonsense")
+    for nothing in ("nowhere", "no/where", "nowhere.yaml", "Foldr"):
+        message = run(capsys, "--ckpt_path", trained.checkpoint, "--data", nothing)
+        assert message.startswith(f"error: There is no data at '{nothing}': give a folder, a YAML file, or the name of")
+        assert "\n" not in message
+    assert "json.Nonsense" in run(capsys, "--ckpt_path", "x", "--data", "json.Nonsense")
     assert "hutchinson" in run(capsys, "--ckpt_path", "x", "--data", tmp_path, "--log_density", "exakt")
+
+
+def test_errors_of_others_are_not_reduced_to_a_sentence(
+    trained: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data module of the user's: the traceback says where it is."""
+    error = ValueError("of my own")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SyntheticParts, "setup", fail)
+    with pytest.raises(ValueError, match="of my own") as raised:
+        main(["diagnose", "--ckpt_path", str(trained.checkpoint), "--data", "SyntheticParts"])
+    assert raised.value is error
 
 
 @pytest.mark.slow

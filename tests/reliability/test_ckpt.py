@@ -1,29 +1,37 @@
 """Checkpoints that are none, broken, hostile, or another's: refused in one sentence, whatever reads them."""
 
 import os
+import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import PredictDataset
 from anomalib.engine import Engine
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models import Padim
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 
-from anomalib_wtflow import WTFlow, calibrate, diagnose
+from anomalib_wtflow import SyntheticParts, WTFlow, calibrate, diagnose
 from anomalib_wtflow.cli import errors
 from anomalib_wtflow.features.backbone import load_weights_file
 from anomalib_wtflow.operation.data import data_sets
-from anomalib_wtflow.training import checkpoint_rules
-from anomalib_wtflow.training.checkpoint_reading import CheckedReading
+from anomalib_wtflow.training import checkpoint_rules, resuming
+from anomalib_wtflow.training.checkpoint_reading import checked
 from conftest import quiet_engine
 
+POST = checkpoint_rules.POST
 SMALL: dict[str, Any] = {"image_size": 128, "overrides": {"coupling": "worst_of_two", "plateau": 0.0}}
 """Settings of the ``trained`` model that a checkpoint compares."""
 
@@ -90,8 +98,7 @@ def check(error: BaseException, path: Path, sentence: str) -> None:
     """One line that names the file and the way out, nothing of torch's behind it, and nothing executed."""
     assert f"{path}{sentence}" in str(error)
     assert "\n" not in str(error)
-    assert error.__cause__ is None
-    assert error.__context__ is None
+    assert not isinstance(error.__cause__ or error.__context__, UnpicklingError)
     assert "Weights only load failed" not in "".join(traceback.format_exception(error))
     assert not (path.parent / "executed").exists()
 
@@ -105,15 +112,32 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_a_sentence(bad: Path, kind: 
     assert isinstance(error.value, FileNotFoundError) == (kind in ("missing", "folder"))
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "out of memory"),
+    ],
+)
 def test_a_file_that_may_not_be_read_is_named_with_the_reason(
-    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of a WTFlow model \(Permission denied\): give"):
+    with pytest.raises(ValueError, match=rf"'{trained.checkpoint}' cannot be read \({reason}\), which says") as said:
         checkpoint_rules.read(trained.checkpoint)
+    assert said.value.__cause__ is error
+
+
+def test_what_cannot_be_read_keeps_its_cause(bad: Path) -> None:
+    """But for pickle's error, in which torch advises to run the file (:func:`check`)."""
+    with pytest.raises(ValueError, match="is not a checkpoint") as said:
+        checkpoint_rules.read(bad / "truncated.ckpt")
+    assert "PytorchStreamReader" in str(said.value.__cause__)
 
 
 WAYS: dict[str, Callable[[Engine, Any, Path], Any]] = {
@@ -141,6 +165,80 @@ def test_whatever_reads_a_checkpoint_refuses_alike(
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             WAYS[way](quiet_engine(tmp_path), trained.parts, path)
         check(error.value, path, KINDS[kind])
+
+
+def without(checkpoint: dict[str, Any], name: str) -> None:
+    del checkpoint[name]
+
+
+def reshape(checkpoint: dict[str, Any], name: str, *shape: int) -> None:
+    state = checkpoint["state_dict"]
+    state[name] = torch.ones(shape, dtype=state[name].dtype)
+
+
+FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "hyper_parameters": (lambda each: each.update(hyper_parameters="text"), "hyper_parameters is no dict"),
+    "no_hyper_parameters": (lambda each: without(each, "hyper_parameters"), "hyper_parameters is no dict"),
+    "callbacks": (lambda each: each.update(callbacks=[1]), "callbacks is no dict"),
+    "epoch": (lambda each: each.update(epoch="last"), "epoch is no int"),
+    "products": (lambda each: each["wtflow"].update(products=["a", "b"]), "its products are not those of its weights"),
+    "scores": (
+        lambda each: reshape(each, checkpoint_rules.SCORES, 2, 2),
+        "post_processor.calibration_scores has another shape than its products",
+    ),
+    "threshold": (lambda each: reshape(each, f"{POST}_image_threshold", 3), f"{POST}_image_threshold"),
+    "no_threshold": (lambda each: without(each["state_dict"], f"{POST}_pixel_threshold"), f"{POST}_pixel_threshold"),
+    "centroids": (lambda each: reshape(each, "model.recognition.centroids", 1, 2), "model.recognition.centroids"),
+}
+
+
+@pytest.fixture(scope="module")
+def forms(trained: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints whose parts are of other types or shapes."""
+    folder = tmp_path_factory.mktemp("forms")
+    for name, (spoil, _) in FORMS.items():
+        checkpoint = torch.load(trained.checkpoint, weights_only=True)
+        for each in (checkpoint["wtflow"]["settings"], checkpoint["hyper_parameters"]):
+            each["false_alarm_rate"] = 0.05
+        spoil(checkpoint)
+        torch.save(checkpoint, folder / f"{name}.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_type_or_shape_is_refused_alike(
+    forms: Path, trained: SimpleNamespace, tmp_path: Path, way: str
+) -> None:
+    for kind in ("no_hyper_parameters", "centroids" if way == "start_from" else "threshold"):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            WAYS[way](quiet_engine(tmp_path), trained.parts, (forms / f"{kind}.ckpt").resolve())
+        assert FORMS[kind][1].removeprefix("model.") in str(error.value)
+        assert "\n" not in str(error.value)
+        assert errors.raised_here(error.value.__traceback__)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_part_of_another_type_or_shape_is_named(forms: Path, kind: str) -> None:
+    what = FORMS[kind][1]
+    sentence = f"is broken, {what}: give another" if " " in what else f"names or shapes than the model ({what}), so"
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        WTFlow.load_from_checkpoint(forms / f"{kind}.ckpt")
+    assert errors.raised_here(error.value.__traceback__)
+
+
+def test_numpys_numbers_among_the_settings_are_read_alike(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """As anomalib reads them: a rate that was computed with numpy is in the checkpoint as numpy's."""
+    path = tmp_path / "numpy.ckpt"
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    for each in (checkpoint["hyper_parameters"], checkpoint["wtflow"]["settings"]):
+        each["false_alarm_rate"] = np.float64(0.1)
+    torch.save(checkpoint, path)
+    with pytest.raises(UnpicklingError):
+        torch.load(path, weights_only=True)
+    data = {"datamodule": trained.parts, "ckpt_path": path}
+    quiet_engine(tmp_path).validate(WTFlow(**SMALL, false_alarm_rate=0.1), **data, verbose=False)
+    assert WTFlow.load_from_checkpoint(path).settings.false_alarm_rate == 0.1
+    assert quiet_engine(tmp_path).export(WTFlow(**SMALL), "torch", ckpt_path=path).is_file()
 
 
 def test_weights_run_nothing(tmp_path: Path) -> None:
@@ -285,16 +383,67 @@ def test_the_trainers_reading_is_given_back(bad: Path, trained: SimpleNamespace,
     with pytest.raises(ValueError, match="is not a checkpoint"):
         engine.validate(WTFlow(**SMALL), datamodule=trained.parts, ckpt_path=bad / "text.ckpt")
     before = engine.trainer.strategy.checkpoint_io
-    assert not isinstance(before, CheckedReading)
+    assert vars(before) == {"extra_safe_globals": []}
     engine.validate(WTFlow(**SMALL), datamodule=trained.parts, ckpt_path=trained.checkpoint)
     assert engine.trainer.strategy.checkpoint_io is before
+    assert vars(before) == {"extra_safe_globals": []}
+
+
+class Own(AnomalibCheckpointIO):
+    """A user's, which writes as Lightning does, and knows what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.append("load")
+        return super().load_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.asked.append("remove")
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        self.asked.append("teardown")
+
+
+class Failing(WTFlow):
+    """Fails in the middle of its second epoch."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.trainer.global_step == 3:
+            raise ZeroDivisionError
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [WTFlow, Failing])
+def test_a_users_own_plugin_stays_in_force(
+    parts: SyntheticParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[WTFlow]
+) -> None:
+    """While WTFlow reads by its rules and writes whole files; and it is as it was after the run, failed or not."""
+    own, written = Own(), []
+    saving = ModelCheckpoint(tmp_path / "own", "{step}", save_on_exception=True)
+    engine = quiet_engine(tmp_path, plugins=[own], callbacks=[saving])
+    write = resuming.write_whole
+    monkeypatch.setattr(resuming, "write_whole", lambda path, *of: written.append(path.name) or write(path, *of))
+    parts.train_batch_size = 8
+    with pytest.raises(ZeroDivisionError) if kind is Failing else nullcontext():
+        engine.fit(kind(max_epochs=2, false_alarm_rate=0.1, **SMALL), datamodule=parts)
+    assert written == ["step=2.ckpt", "step=3.ckpt" if kind is Failing else "step=4.ckpt"]
+    assert own.asked == [*(["remove"] if kind is WTFlow else []), "teardown"]
+    assert engine.trainer.strategy.checkpoint_io is own
+    assert set(vars(own)) == {"extra_safe_globals", "asked"}
+    engine.validate(WTFlow(**SMALL), datamodule=parts, ckpt_path=saving.best_model_path, verbose=False)
+    assert own.asked[-2:] == ["load", "teardown"]
+    assert set(vars(own)) == {"extra_safe_globals", "asked"}
 
 
 def test_what_is_no_file_of_this_machine_is_left_to_lightning() -> None:
     """A URL that a user names is read by what reads it otherwise, as plain values all the same."""
     asked = []
-    inner = SimpleNamespace(load_checkpoint=lambda path, **options: asked.append((path, options)) or {})
-    assert CheckedReading(inner).load_checkpoint("https://host/model.ckpt", weights_only=None) == {}
+    read = checked(lambda path, **options: asked.append((path, options)) or {})
+    assert read("https://host/model.ckpt", weights_only=None) == {}
     assert asked == [("https://host/model.ckpt", {"weights_only": True})]
 
 
@@ -342,6 +491,10 @@ def test_the_command_shows_our_errors_without_a_traceback(
     sys.excepthook(type(ours), ours, ours.__traceback__)
     assert capsys.readouterr().err == f"error: {ours}\n"
     assert shown == []
+    anomalibs = caught(lambda: PredictDataset(bad / "nowhere"))  # of a path, before it asks the model
+    sys.excepthook(type(anomalibs), anomalibs, anomalibs.__traceback__)
+    assert capsys.readouterr().err == f"error: Path does not exist: {bad / 'nowhere'}\n"
+    assert shown == []
     others = [
         caught(lambda: checkpoint_rules.load(bad / "text.ckpt")),
         caught(lambda: WTFlow(**SMALL).model.field.load_state_dict({})),
@@ -381,19 +534,26 @@ def test_each_command_ends_with_the_sentence_alone(bad: Path, trained: SimpleNam
     model = ["--model", "WTFlow", "--model.image_size", "128"]
     data = ["--data", "Folder", "--data.name", "parts", "--data.root", str(trained.parts.root)]
     data += ["--data.normal_dir", "train/good", "--data.num_workers", "0"]
-    commands = {
-        "train": ([*model, *data, "--ckpt_path", str(bad / "text.ckpt")], f"'{bad / 'text.ckpt'}{NONE}"),
-        "test": ([*model, *data, "--ckpt_path", str(bad / "hostile.ckpt")], f"'{bad / 'hostile.ckpt'}{NONE}"),
-        "predict": (
-            [*model, "--data", str(tmp_path / "images"), "--ckpt_path", str(trained.checkpoint)],
+    (tmp_path / "empty").mkdir()
+    nowhere = tmp_path / "nowhere"
+    other = ["--data", "Folder", "--data.name", "x", "--data.root", str(nowhere), "--data.normal_dir", "good"]
+    predict = ["predict", *model, "--ckpt_path", str(trained.checkpoint), "--data"]
+    commands = [
+        (["train", *model, *data, "--ckpt_path", str(bad / "text.ckpt")], f"'{bad / 'text.ckpt'}{NONE}"),
+        (["train", *model, *other], f"There is nothing at '{nowhere}/good', where the data module looks for images:"),
+        (["test", *model, *data, "--ckpt_path", str(bad / "hostile.ckpt")], f"'{bad / 'hostile.ckpt'}{NONE}"),
+        (
+            [*predict, str(tmp_path / "images")],
             f"The image '{tmp_path / 'images' / '2.png'}' cannot be read: remove it or replace it by a whole file",
         ),
-        "export": (
-            [*model, "--export_type", "torch", "--ckpt_path", str(bad / "padim.ckpt")],
+        ([*predict, str(nowhere)], f"Path does not exist: {nowhere}"),
+        ([*predict, str(tmp_path / "empty")], f"Found 0 images in {tmp_path / 'empty'}"),
+        (
+            ["export", *model, "--export_type", "torch", "--ckpt_path", str(bad / "padim.ckpt")],
             f"'{bad / 'padim.ckpt'}' holds another model than WTFlow: give the model.ckpt of a WTFlow run.",
         ),
-    }
-    code = COMMANDS.format(commands=[[name, *arguments] for name, (arguments, _) in commands.items()])
+    ]
+    code = COMMANDS.format(commands=[arguments for arguments, _ in commands])
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=tmp_path,
@@ -404,9 +564,9 @@ def test_each_command_ends_with_the_sentence_alone(bad: Path, trained: SimpleNam
     )
     output = result.stdout
     assert "Traceback" not in output
-    for block, (name, (_, sentence)) in zip(output.split("COMMAND ")[1:], commands.items(), strict=True):
+    for block, (arguments, sentence) in zip(output.split("COMMAND ")[1:], commands, strict=True):
         lines = [line for line in block.splitlines() if line.strip()]
-        assert lines[0] == name
+        assert lines[0] == arguments[0]
         assert lines[-1].startswith(f"error: {sentence}"), block
         assert len(lines) <= 12, block
     assert not (bad / "executed").exists()

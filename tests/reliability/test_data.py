@@ -73,10 +73,57 @@ def as_products(root: Path) -> Products:
     return Products(root=target.parent, num_workers=0, seed=0)
 
 
-@pytest.mark.parametrize("make", [alone, folder, as_products])
-def test_one_image_is_too_few(copy: Path, tmp_path: Path, make: Any) -> None:
-    with pytest.raises(ValueError, match="The training set holds 1 normal images, too few to train"):
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (alone, "The training set holds 1 normal images, too few to train and to set a threshold: give at least 2"),
+        (folder, "and there is one, beside those for the threshold: give more normal images"),
+        (as_products, "The product 'bolts' has 1 normal training images: give it at least 2, one to train on"),
+    ],
+)
+def test_one_image_is_too_few(copy: Path, tmp_path: Path, make: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         fit(make(keep(copy, 1)), tmp_path)
+
+
+class Unlucky(Folder):
+    """A user's, whose own code fails, or has a value error of its own."""
+
+    error: Exception
+
+    def setup(self, stage: str | None = None) -> None:
+        del stage
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), ValueError("of my own"), AttributeError("'val_data'")])
+def test_an_error_of_a_users_data_module_shows(copy: Path, tmp_path: Path, error: Exception) -> None:
+    """It is neither given a sentence that is for another one nor reduced to its text."""
+    data = Unlucky("mine", "train/good", copy, num_workers=0)
+    data.error = error
+    with pytest.raises(type(error)) as raised:
+        data_sets(data)
+    assert raised.value is error
+    with pytest.raises(type(error)) as raised:
+        fit(data, tmp_path)
+    assert raised.value is error
+    if not isinstance(error, ValueError):
+        with pytest.raises(type(error)) as raised:
+            Products(members={"mine": data}).setup()
+        assert raised.value is error
+
+
+def test_an_error_in_a_test_is_not_one_of_few_training_images(
+    copy: Path, small: SimpleNamespace, tmp_path: Path
+) -> None:
+    class Broken(WTFlow):
+        def test_step(self, *args: Any, **kwargs: Any) -> Any:
+            msg = "of the test"
+            raise IndexError(msg)
+
+    broken = Broken(image_size=64, false_alarm_rate=0.2, overrides={"plateau": 0.0})
+    with pytest.raises(IndexError, match="of the test"):
+        quiet_engine(tmp_path).test(broken, datamodule=folder(keep(copy, 1)), ckpt_path=small.checkpoint)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -312,6 +359,15 @@ def test_anomalibs_own_folders_must_be_of_ascii_names(copy: Path, small: SimpleN
     (tmp_path / "files").mkdir()
     (tmp_path / "good-ü.png").rename(tmp_path / "files" / "good-ü.png")
     assert len(engine.predict(model(), data_path=tmp_path / "files", ckpt_path=small.checkpoint)) == 1
+
+
+def test_a_folder_that_is_not_there_is_named(copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "test" / "scratch")
+    sentence = f"There is nothing at '{copy}/test/scratch', where the data module looks for images: give it another"
+    with pytest.raises(ValueError, match=sentence):
+        fit(folder(copy), tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        data_sets(folder(copy))
 
 
 @pytest.mark.parametrize("target", ["loop.png", "nowhere.png"])

@@ -23,7 +23,7 @@ from anomalib_wtflow.features.cache import FeatureStore
 from anomalib_wtflow.operation.calibrate import save
 from anomalib_wtflow.operation.checkpoint import load_model
 from anomalib_wtflow.reporting.verdicts import Verdicts, read
-from anomalib_wtflow.training.resuming import WholeCheckpoints, write_whole
+from anomalib_wtflow.training.resuming import whole, write_whole
 from anomalib_wtflow.writing import one_sentence_for
 from conftest import quiet_engine
 
@@ -196,9 +196,9 @@ def test_checkpoints_are_as_lightning_writes_them(tmp_path: Path) -> None:
     theirs = AnomalibCheckpointIO()
     saved = {"weights": torch.randn(3), "epoch": 4}
     modes = []
-    for name, each in (("theirs", theirs), ("ours", WholeCheckpoints(theirs))):
-        each.save_checkpoint(saved, tmp_path / name / "model.ckpt")
-        loaded = each.load_checkpoint(tmp_path / name / "model.ckpt")
+    for name, write in (("theirs", theirs.save_checkpoint), ("ours", whole(theirs.save_checkpoint))):
+        write(saved, tmp_path / name / "model.ckpt")
+        loaded = theirs.load_checkpoint(tmp_path / name / "model.ckpt")
         assert torch.equal(loaded["weights"], saved["weights"])
         assert loaded["epoch"] == 4
         modes.append((tmp_path / name / "model.ckpt").stat().st_mode)

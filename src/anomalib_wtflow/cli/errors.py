@@ -2,7 +2,7 @@
 
 import dis
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -11,6 +11,8 @@ from anomalib_wtflow.cli.quiet import under_command
 
 SAID = (ValueError, RuntimeError, OSError)
 """Types of the errors that this package raises with a sentence."""
+PATHS = ("anomalib.data.utils.path", "anomalib.data.utils.image")
+"""Where anomalib says in a sentence that a path is missing, empty or of characters that it does not read."""
 
 
 @contextmanager
@@ -42,7 +44,8 @@ def _under_command_line() -> bool:
 def plain_errors() -> None:
     """Let the command ``anomalib`` end with the sentence of an error of ours, without 100 to 400 lines of traceback.
 
-    Any other error, one of torch's in our lines too, keeps what was to be shown of it; so does every Python program.
+    So it does with anomalib's own sentence of a path, which it says before it asks the model. Any other error, one of
+    torch's in our lines too, keeps what was to be shown of it; so does every Python program.
     """
     if under_command() and not isinstance(sys.excepthook, _Plain):
         sys.excepthook = _Plain(sys.excepthook)
@@ -55,7 +58,7 @@ class _Plain:
         self.before = before
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, SAID) and raised_here(trace):
+        if is_sentence(error):
             sys.stderr.write(f"error: {error}\n")
         else:
             self.before(kind, error, trace)
@@ -63,9 +66,20 @@ class _Plain:
 
 def raised_here(trace: TracebackType | None) -> bool:
     """Whether a ``raise`` of this package is the origin of an error, rather than a call in one of its lines."""
+    return _raised_in(trace, ("anomalib_wtflow",))
+
+
+def _raised_in(trace: TracebackType | None, modules: Sequence[str]) -> bool:
+    """Whether a ``raise`` in one of some modules, or of those in them, is the origin of an error."""
     if trace is None:
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    code, ours = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "").startswith("anomalib_wtflow")
-    return ours and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    code, name = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+    inside = any(name == module or name.startswith(f"{module}.") for module in modules)
+    return inside and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
+def is_sentence(error: BaseException) -> bool:
+    """Whether an error's text says all that a user needs: it is ours, or anomalib's of a path that it was given."""
+    return isinstance(error, SAID) and _raised_in(error.__traceback__, ("anomalib_wtflow", *PATHS))

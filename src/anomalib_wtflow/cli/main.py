@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from anomalib_wtflow.cli.errors import SAID, is_sentence
 from anomalib_wtflow.cli.quiet import quiet_warnings
 
 
@@ -16,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Arguments of the command line; None for the process's own.
 
     Raises:
-        SystemExit: With 2 if the arguments are wrong, with 1 if the work fails; one sentence says why.
+        SystemExit: With 2 if the arguments are wrong, with 1 if the work fails; one sentence says why. An error that
+            is not ours, such as one of a data module of the user's, is raised as it is.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     quiet_warnings()
@@ -49,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(command: Callable[[], str]) -> None:
     try:
         text = command()
-    except (ValueError, RuntimeError, OSError) as error:
+    except SAID as error:
+        if not is_sentence(error):
+            raise
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{text}\n")
 
@@ -120,7 +125,20 @@ def _diagnose(given: Any) -> Path:
 
 
 def _names_a_path(arguments: Sequence[str]) -> bool:
-    """Whether ``--data`` is a file or folder, or looks like one, rather than the name of a data module."""
+    """Whether ``--data`` is a file or folder, there or not, rather than the name of a data module."""
     values = [value for flag, value in pairwise(arguments) if flag == "--data"]
     values += [argument.removeprefix("--data=") for argument in arguments if argument.startswith("--data=")]
-    return any(Path(value).exists() or not value.replace(".", "_").isidentifier() for value in values)
+    return any(Path(value).exists() or not _is_class(value) for value in values)
+
+
+def _is_class(name: str) -> bool:
+    """Whether a name is that of a data module that is loaded, or has a package to look for it in."""
+    package, dot, _ = name.partition(".")
+    if dot:
+        return package.isidentifier() and find_spec(package) is not None
+    from anomalib.data import AnomalibDataModule
+
+    kinds = [AnomalibDataModule]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return name in {kind.__name__ for kind in kinds}

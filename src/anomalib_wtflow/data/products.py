@@ -19,6 +19,7 @@ from anomalib.data import (
     NumpyImageItem,
     get_datamodule,
 )
+from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import LabelName
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler, WeightedRandomSampler
 
@@ -245,7 +246,7 @@ class Products(AnomalibDataModule):
         for name, member in self.members.items():
             try:
                 member.setup()
-            except Exception as error:
+            except (OSError, ValueError, RuntimeError, MisMatchError) as error:
                 msg = f"The images of the product '{name}' cannot be found: {error}"
                 raise ValueError(msg) from error
             if not len(getattr(member, "train_data", ())):

@@ -256,8 +256,7 @@ def save(source: Path, target: Path, model: WTFlow) -> None:
     state = model.post_processor.state_dict(prefix="post_processor.")
     checkpoint["state_dict"] |= {name: value.cpu() for name, value in state.items()}
     model.on_save_checkpoint(checkpoint)
-    if "hyper_parameters" in checkpoint:
-        checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
+    checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
     try:

@@ -32,7 +32,8 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: If there are no test images in it.
+        ValueError: If there are no test images in it, or it cannot be set up for a reason that :func:`explained` knows;
+            any other error of a data module is raised as it is.
     """
     if not isinstance(data, AnomalibDataModule):
         path = Path(data)
@@ -51,7 +52,10 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
     try:
         data.setup()
     except Exception as error:
-        raise ValueError(explained(error, data) or f"The data module {data.name} cannot be set up: {error}") from error
+        sentence = explained(error, data)
+        if sentence is None:  # ours, or of a data module that says what it says
+            raise
+        raise ValueError(sentence) from error
     if len(data.test_data) == 0:
         msg = f"The data module {data.name} has no test images: give it some, good and defective."
         raise ValueError(msg)

@@ -1,12 +1,15 @@
 """Which checkpoints a model takes."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_wtflow.settings import Settings, declared, option
 from anomalib_wtflow.torch_model import broken_tensors
@@ -15,10 +18,12 @@ KEY = "wtflow"
 """Where a checkpoint says what WTFlow needs to know of it."""
 WRITTEN = {"state_dict", "epoch", "pytorch-lightning_version"}
 """What Lightning writes into each checkpoint, and needs in it."""
+TYPES = {"epoch": int, "pytorch-lightning_version": str, "hyper_parameters": dict, "callbacks": dict}
+"""Types of what is read before any value is used; callbacks may be left out."""
 POST = "post_processor."
 RATE = "effective_false_alarm_rate"
-SCORES = f"{POST}calibration_scores"
-"""Where the scores are that thresholds come from, and (above) the rate that they support."""
+SCORES, SHOWN = f"{POST}calibration_scores", f"{POST}calibration_product"
+"""Where the scores are that thresholds come from, and their products, and (above) the rate that they support."""
 RESUME = ("false_alarm_rate", "calibration_ratio")
 """Settings that choose which images the field is not trained on, and so must not change when a training goes on."""
 
@@ -29,8 +34,9 @@ def describe(settings: Settings, version: str, products: Sequence[str]) -> dict[
 
 
 def load(path: str | Path) -> Any:
-    """Load what ``torch.save`` wrote, tensors and plain values only: no code in the file runs."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Load what ``torch.save`` wrote, tensors and plain values only, as anomalib does: no code in the file runs."""
+    with anomalib_safe_globals():
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read(path: str | Path, load: Callable[[str | Path], Any] = load) -> dict[str, Any]:
@@ -47,22 +53,35 @@ def read(path: str | Path, load: Callable[[str | Path], Any] = load) -> dict[str
     if not Path(path).is_file():
         msg = f"There is no checkpoint at '{path}': give the model.ckpt that 'anomalib train --model WTFlow' wrote."
         raise FileNotFoundError(msg)
-    reason = ""
+    checkpoint: Any = None
+    cause = None
     try:
         checkpoint = load(path)
-        whole = isinstance(checkpoint, dict) and WRITTEN.issubset(checkpoint)
-        state = checkpoint["state_dict"] if whole else None
-        whole = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-    except Exception as error:  # torch's text is left out: it advises to run what is in the file
-        whole, reason = False, f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-    if not whole:
+    except Exception as error:
+        if reason := _reason(error):
+            msg = (
+                f"'{path}' cannot be read ({reason}), which says nothing of what is in it: see to that, and run again."
+            )
+            raise ValueError(msg) from error
+        if not isinstance(error, UnpicklingError):  # with which torch advises to run what is in the file
+            cause = error
+    whole = isinstance(checkpoint, dict) and WRITTEN.issubset(checkpoint)
+    state = checkpoint["state_dict"] if whole else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         msg = (
-            f"'{path}' is not a checkpoint of a WTFlow model{reason}: give the model.ckpt of its run, or train the "
-            "model again if the file is damaged."
+            f"'{path}' is not a checkpoint of a WTFlow model: give the model.ckpt of its run, or train the model again "
+            "if the file is damaged."
         )
-        raise ValueError(msg)
+        raise ValueError(msg) from cause
     raise_for_content(checkpoint, f"'{path}'")
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    """Say why a file cannot be read, if that is not the file's fault."""
+    if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):  # torch's, too
+        return "out of memory"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else ""
 
 
 def raise_for_content(checkpoint: dict[str, Any], file: str = "The checkpoint") -> None:
@@ -73,15 +92,16 @@ def raise_for_content(checkpoint: dict[str, Any], file: str = "The checkpoint") 
         file: What the message calls it.
 
     Raises:
-        ValueError: If another model, or another version of this package, wrote it; or a weight, a threshold or what
-            else labels depend on is NaN or infinite.
+        ValueError: If another model, or another version of this package, wrote it; what it holds is of another type
+            or shape; or a weight, a threshold or what else labels depend on is NaN or infinite.
     """
     state, said = checkpoint["state_dict"], checkpoint.get(KEY)
     said = said if isinstance(said, dict) else {}
     if not said and not any(name.startswith("model.field.") for name in state):
         msg = f"{file} holds another model than WTFlow: give the model.ckpt of a WTFlow run."
         raise ValueError(msg)
-    theirs, ours = said.get("settings", {}), declared()
+    theirs, ours = said.get("settings"), declared()
+    theirs = theirs if isinstance(theirs, dict) else {}
     lacking = [name for name in ("settings", "products") if name not in said]
     lacking += [
         name for name, each in ours.items() if (each.metadata["scores"] or name in RESUME) and name not in theirs
@@ -92,10 +112,48 @@ def raise_for_content(checkpoint: dict[str, Any], file: str = "The checkpoint") 
         version = said.get("version", "unknown")
         msg = f"{file} {what}, so another version of WTFlow ({version}) wrote it: train the model again."
         raise ValueError(msg)
-    broken = broken_values(checkpoint)
-    if broken:
-        msg = f"{file} is broken, {broken[0]} is NaN or infinite: give another checkpoint, or train the model again."
+    flaws = misshapen(checkpoint) or [f"{name} is NaN or infinite" for name in broken_values(checkpoint)]
+    if flaws:
+        msg = f"{file} is broken, {flaws[0]}: give another checkpoint, or train the model again."
         raise ValueError(msg)
+
+
+def misshapen(checkpoint: dict[str, Any]) -> list[str]:
+    """Say what in a checkpoint is of another type or shape than whatever the settings it would be."""
+    given = {"callbacks": {}, **checkpoint}
+    flaws = [f"{name} is no {kind.__name__}" for name, kind in TYPES.items() if not isinstance(given.get(name), kind)]
+    state, names = checkpoint["state_dict"], checkpoint[KEY]["products"]
+    if not isinstance(names, list) or len(names) != len(state.get("model.codes", names)):
+        flaws.append("its products are not those of its weights")
+    scores, shown = (state.get(name, torch.empty(0)) for name in (SCORES, SHOWN))
+    if scores.ndim != 1 or scores.shape != shown.shape:
+        flaws.append(f"{SCORES} has another shape than its products")
+    return flaws
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], version: Any, file: str) -> None:
+    """Load a state dict.
+
+    Args:
+        module: What takes it.
+        state: Tensors by name.
+        version: Of the package that wrote it.
+        file: What the message calls its checkpoint.
+
+    Raises:
+        ValueError: If a tensor is missing, superfluous or of another shape, as in a version with other layers.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        ours = module.state_dict()
+        other = [name for name in {**ours, **state} if name not in ours or name not in state]
+        other += [name for name in ours if name in state and ours[name].shape != state[name].shape]
+        msg = (
+            f"{file} has tensors of other names or shapes than the model ({', '.join(other[:1])}), so another version "
+            f"of WTFlow ({version}) wrote it, or it is damaged: train the model again."
+        )
+        raise ValueError(msg) from error
 
 
 def broken_values(checkpoint: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 from anomalib.post_processing import PostProcessor
+from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -51,7 +52,8 @@ class Checkpoints:
         """
         path = kwargs.get("checkpoint_path", args[0] if args else None)
         if is_local(path):
-            checkpoint_rules.read(path)
+            with anomalib_safe_globals(cls.checkpoint_safe_globals()):  # type: ignore[attr-defined]
+                checkpoint_rules.read(path)
         files = {"pre_trained": False, "weights": None, "start_from": None}
         return super().load_from_checkpoint(*args, **{**files, **kwargs})  # type: ignore[misc]
 
@@ -79,7 +81,6 @@ class Checkpoints:
         file = "The checkpoint" if path is None else f"'{path}'"
         checkpoint_rules.raise_for_content(checkpoint, file)  # again for what was not read from a file of this machine
         checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, fn == TrainerFn.FITTING, file)
-        self._check_weights(checkpoint, file)
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
@@ -87,18 +88,9 @@ class Checkpoints:
         self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
         self._forget_copy(checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-
-    def _check_weights(self, checkpoint: dict[str, Any], file: str) -> None:
-        """Refuse the weights of a version with other layers, which no setting says."""
-        theirs = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
-        same = theirs.keys() == self.model.state_dict(prefix="model.").keys()
-        if not same or any(theirs[f"model.{name}"].shape != each.shape for name, each in self.model.named_parameters()):
-            version = checkpoint[checkpoint_rules.KEY].get("version")
-            msg = (
-                f"The weights in {file} have other names or widths, so another version of WTFlow ({version}) wrote it: "
-                "train the model again."
-            )
-            raise ValueError(msg)
+        # Lightning loads them after this, and would end with torch's words.
+        version = checkpoint[checkpoint_rules.KEY].get("version")
+        checkpoint_rules.load_state(self, checkpoint["state_dict"], version, file)  # type: ignore[arg-type]
 
     def _forget_copy(self, checkpoint: dict[str, Any]) -> None:
         """Drop the thresholds' copy: a post-processor is a callback too, whose state Lightning writes and restores."""

@@ -55,7 +55,8 @@ class ProductSet:
         checkpoint = checkpoint_rules.read(path)
         checkpoint_rules.raise_for_other(checkpoint, self.settings, resuming=True, file=f"'{path}'")
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-        self.model.load_state_dict(state)
+        version = checkpoint[checkpoint_rules.KEY].get("version")
+        checkpoint_rules.load_state(self.model, state, version, f"'{path}'")
         self.model.field.load_state_dict(self.model.flow_field.state_dict())
         self.started_from = self.product_names = list(checkpoint[checkpoint_rules.KEY]["products"])
 

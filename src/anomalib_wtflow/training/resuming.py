@@ -2,51 +2,68 @@
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from anomalib_wtflow.training.giving_back import stand_in
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Write a checkpoint beside its place and rename it: at any moment the old one or the new one is there, and whole.
+
+def whole(save: Callable[..., None]) -> Callable[..., None]:
+    """Write checkpoints beside their place and rename them: at any moment the old or the new one is there, and whole.
 
     Lightning's own way writes to the folder for temporary files and moves the file from there. If that is another
     disk, moving is copying, and a process that is killed or a disk that is full meanwhile leaves half a checkpoint in
     the place of the last whole one.
 
     Args:
-        present: Reads checkpoints.
+        save: Lightning's own way, which remains that for a remote place.
+
+    Returns:
+        A way that raises RuntimeError if the disk is full or the folder cannot be written to.
     """
 
-    def __init__(self, present: TorchCheckpointIO) -> None:
-        super().__init__()
-        self.present = present
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; to a remote place, as Lightning does.
-
-        Raises:
-            RuntimeError: If the disk is full or the folder cannot be written to.
-        """
+    @wraps(save)
+    def write(checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+            save(checkpoint, path, storage_options)
             return
         buffer = BytesIO()
         torch.save(checkpoint, buffer)
         write_whole(Path(path), buffer.getbuffer())
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint."""
-        return self.present.load_checkpoint(*args, **kwargs)
+    return write
+
+
+def write_whole_from_now_on(io: CheckpointIO) -> None:
+    """Have a ``CheckpointIO`` that writes as Lightning does write by :func:`whole`, until it is torn down.
+
+    That is at the end of a run, also of one that fails, when callbacks have written their last checkpoints.
+    """
+    if getattr(io.save_checkpoint, "__func__", None) is not TorchCheckpointIO.save_checkpoint:
+        return
+    gives_back = [stand_in(io, "save_checkpoint", whole)]
+
+    def ending(teardown: Callable[[], None]) -> Callable[[], None]:
+        def end() -> None:
+            for give_back in gives_back:
+                give_back()
+            teardown()
+
+        return end
+
+    gives_back.append(stand_in(io, "teardown", ending))
 
 
 def replace_whole(path: Path, content: bytes | memoryview) -> None:
@@ -92,9 +109,8 @@ class Resuming(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Write whole checkpoints, unless the user brings a way of writing them."""
         del pl_module
-        present = trainer.strategy.checkpoint_io
-        if stage == "fit" and getattr(type(present), "save_checkpoint", None) is TorchCheckpointIO.save_checkpoint:
-            trainer.strategy.checkpoint_io = WholeCheckpoints(present)  # type: ignore[arg-type]
+        if stage == "fit":
+            write_whole_from_now_on(trainer.strategy.checkpoint_io)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Copy the checkpoint to where the model is expected, if its training had ended already."""
