@@ -184,6 +184,7 @@ def test_two_processes_test_and_predict_each_image_once(both: SimpleNamespace) -
             assert float(together[path]["pred_score"]) == pytest.approx(float(row["pred_score"]), rel=1e-4)
     assert both.numbers[1]["folder"] == both.numbers[2]["folder"]
     assert both.said.count("15 images: ") == both.said.count("7 images: ") == both.said.count("Stopped after 20") == 1
+    assert "sync_dist=True" not in both.said  # Lightning's advice, of the products' metrics
 
 
 # The commands ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from commands import Command, Fault, checkpoint, place, run, runs, state, traini
 from anomalib_wtflow import SyntheticParts, WTFlow
 from anomalib_wtflow.training import plateau
 from anomalib_wtflow.training.plateau import Plateau
+from anomalib_wtflow.training.resuming import Resuming
 from conftest import callback_of, quiet_engine
 
 OURS = "anomalib_wtflow."
@@ -178,6 +179,36 @@ def test_a_resumed_training_is_tested_with_what_became_of_it(data: Path, tmp_pat
     assert tested(again) == of_the_resumed
     resumed.test(model, datamodule=small(data), ckpt_path=saved)
     assert tested(resumed) == tested(first) != of_the_resumed
+
+
+def test_the_newest_checkpoint_is_named(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not the best one of a user's callback, nor one that cannot be gone on from, nor the template of its name."""
+    settings: Any = {"image_size": 64, "max_epochs": 2, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.0}}
+    first = ModelCheckpoint(tmp_path / "first", "{epoch}", monitor="train_loss", mode="max", save_top_k=2)
+    weights = ModelCheckpoint(tmp_path / "weights", save_weights_only=True)
+    model = WTFlow(**settings)
+    quiet_engine(tmp_path, callbacks=[first, weights]).fit(model, datamodule=small(data))
+    assert Path(first.best_model_path).name == "epoch=0.ckpt"
+    newest = tmp_path / "first" / "epoch=1.ckpt"
+
+    def said(trainer: Any) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            Resuming().on_exception(trainer, model, KeyboardInterrupt())
+        return caplog.messages[-1]
+
+    assert f"give the same command --ckpt_path {newest} to go on." in said(model.trainer)
+    second = ModelCheckpoint(tmp_path / "second", "{epoch}-{step}")
+    resumed = WTFlow(**settings)
+    quiet_engine(tmp_path, callbacks=[second]).fit(resumed, datamodule=small(data), ckpt_path=newest)
+    copied = tmp_path / "second" / "epoch=1.ckpt"
+    assert [Path(second.best_model_path), *copied.parent.iterdir()] == [copied, copied]
+    assert copied.read_bytes() == newest.read_bytes()
+    assert f" --ckpt_path {copied} to go on." in said(resumed.trainer)
+    copied.unlink()
+    assert f" --ckpt_path {newest} to go on." in said(resumed.trainer)
+    newest.unlink()
+    assert said(resumed.trainer).endswith(": there is no checkpoint to go on from.")
 
 
 class Shown(WTFlow):

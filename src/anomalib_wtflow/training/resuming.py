@@ -103,6 +103,16 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         raise RuntimeError(msg) from error
 
 
+def newest_checkpoint(trainer: Trainer) -> Path | None:
+    """Find the newest file from which a training can go on: of those that it wrote, or the one that it began with."""
+    paths = [trainer.ckpt_path]
+    for writer in trainer.checkpoint_callbacks:
+        if isinstance(writer, ModelCheckpoint) and not writer.save_weights_only:
+            paths += [writer.best_model_path, writer.last_model_path, *writer.best_k_models]
+    files = [Path(path) for path in paths if path and Path(path).exists()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 class Resuming(Callback):
     """Keep checkpoints whole, say how a stopped training goes on, and hand on a checkpoint with nothing left to do."""
 
@@ -120,7 +130,8 @@ class Resuming(Callback):
         source, folder = Path(trainer.ckpt_path), Path(writer.dirpath)
         if trainer.global_step != pl_module.trained_steps or source.parent == folder or not source.is_file():
             return
-        target = folder / f"{writer.filename or source.stem}{writer.FILE_EXTENSION}"
+        name = source.stem if writer.filename is None or "{" in writer.filename else writer.filename
+        target = folder / f"{name}{writer.FILE_EXTENSION}"
         writer.best_model_path = str(target)
         if trainer.is_global_zero:
             write_whole(target, source.read_bytes())
@@ -131,7 +142,7 @@ class Resuming(Callback):
         del pl_module
         if trainer.state.fn != TrainerFn.FITTING or not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             return
-        saved = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
+        saved = newest_checkpoint(trainer)
         way = f"give the same command --ckpt_path {saved} to go on" if saved else "there is no checkpoint to go on from"
         rank_zero_info(f"Stopped in epoch {trainer.current_epoch}: {way}.")
         if isinstance(exception, SIGTERMException):  # Lightning would end with 0, as if the training had ended well
