@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from anomalib_wtflow.data.drawing import draw_part
 from anomalib_wtflow.deploy.quantization import fitting
 from anomalib_wtflow.operation.calibrate import ALPHA, could_tell
 from anomalib_wtflow.operation.data import data_sets
+from anomalib_wtflow.reporting.unjudged import warn_of_unlisted
 from anomalib_wtflow.reporting.verdicts import read
 from conftest import quiet_engine
 
@@ -385,6 +387,69 @@ def test_calibrate_on_one_image_says_that_it_cannot_tell(copy: Path, small: Simp
     said = str(calibrate(small.checkpoint, copy / "test" / "good", tmp_path / "moved.ckpt"))
     assert "1 image is too few to tell whether the process has moved (Mann-Whitney, p = " in said
     assert "score like" not in said
+
+
+@pytest.fixture
+def mixed(copy: Path) -> Path:
+    """A folder of a folder of four images, and of what anomalib does not list, or nobody would."""
+    root = copy / "test" / "good"
+    (root / "sub").mkdir()
+    for path in sorted(root.glob("*.png"))[:4]:
+        path.rename(root / "sub" / path.name)
+    for path in root.glob("*.png"):
+        path.unlink()
+    for name in ("part.jfif", "sub/part", "sub/part.gif", ".hidden.jfif", "sub/Thumbs.db", ".DS_Store"):
+        shutil.copy(root / "sub" / "000.png", root / name)
+    (root / "linked").symlink_to(copy / "train" / "good")
+    return root
+
+
+UNLISTED = "since anomalib knows images by their extensions and follows no link to a folder: "
+
+
+def said_of_files(command: Any, *args: Any, **kwargs: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")  # else Python gives the same one once
+        command(*args, **kwargs)
+    return [str(each.message).split(";")[0] for each in given if UNLISTED in str(each.message)]
+
+
+def test_predict_names_the_files_that_it_does_not_judge(mixed: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    """Of the folder that it was given; of a data set, whose folder is not known, of the one that its images are in."""
+
+    def said(**kwargs: Any) -> list[str]:
+        engine = quiet_engine(tmp_path / "results")
+        return said_of_files(engine.predict, model(), ckpt_path=small.checkpoint, **kwargs)
+
+    sub = f"2 files in '{mixed / 'sub'}' were not judged, {UNLISTED}'part', 'part.gif'"
+    everything = f"4 files in '{mixed}' were not judged, {UNLISTED}'linked', 'part.jfif', 'sub/part', 'sub/part.gif'"
+    assert said(data_path=mixed) == [everything]
+    assert said(data_path=mixed / "sub") == said(dataset=PredictDataset(mixed)) == [sub]
+    assert said(data_path=mixed / "sub" / "000.png") == said(dataset=PredictDataset(mixed / "sub" / "000.png")) == []
+    some = PredictDataset(mixed)
+    some.image_filenames = some.image_filenames[:3]
+    assert said(dataset=some) == []
+    assert said(data_path=mixed.parent / "scratch") == []
+
+
+@pytest.mark.parametrize("name", ["good", NAME])
+def test_calibrate_and_diagnose_name_the_files_that_they_do_not_use(
+    mixed: Path, small: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    folder = mixed.rename(mixed.parent / name)
+    sentence = f"4 files in '{folder}' were not used, {UNLISTED}'linked', 'part.jfif', 'sub/part', 'sub/part.gif'"
+    assert said_of_files(calibrate, small.checkpoint, folder, tmp_path / "moved.ckpt") == [sentence]
+    assert said_of_files(data_sets, folder) == [sentence]
+    assert said_of_files(data_sets, folder / "sub" / "000.png") == []
+
+
+def test_a_few_of_many_files_are_named(tmp_path: Path) -> None:
+    for place in range(7):
+        (tmp_path / f"{place}.txt").touch()
+    with pytest.warns(UserWarning, match=r"^7 files .* were not judged, .*: '0.txt', '1.txt', .* '4.txt' and 2 more; "):
+        warn_of_unlisted(tmp_path, [], "judged")
+    with pytest.warns(UserWarning, match=r"^1 file .* was not judged, .*: '6.txt'; "):
+        warn_of_unlisted(tmp_path, [tmp_path / f"{place}.txt" for place in range(6)], "judged")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import images_of
 from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
+from anomalib_wtflow.reporting.unjudged import first_few
 from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.calibration import Scores, score_images
@@ -28,8 +29,6 @@ ALPHA = 0.01
 """Probability of the sentence that the process has moved where it has not, over all products of a model."""
 HIGHEST = 1 / 8
 """Share of the old scores: were the new ones all among these highest, that should show."""
-NAMED = 5
-"""Most images that a sentence names."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +217,9 @@ def by_score(names: Sequence[str], scored: Scores, chosen: Tensor) -> dict[str, 
 
 def named(images: Mapping[str, float]) -> str:
     """Name some images with their raw scores, and say how many more there are."""
-    texts = [
-        f"'{name}' ({'like no product' if score == math.inf else f'{score:.4g}'})" for name, score in images.items()
-    ]
-    return ", ".join(texts[:NAMED]) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
+    return first_few(
+        [f"'{name}' ({'like no product' if score == math.inf else f'{score:.4g}'})" for name, score in images.items()]
+    )
 
 
 def set_thresholds(post: WTFlowPostProcessor, new: Scores, count: int, strange: Mapping[str, float]) -> None:
