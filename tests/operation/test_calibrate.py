@@ -14,7 +14,7 @@ from scipy.stats import binom, mannwhitneyu
 
 from anomalib_wtflow import SyntheticParts, WTFlow, WTFlowPostProcessor, calibrate
 from anomalib_wtflow.cli.main import main
-from anomalib_wtflow.operation.calibrate import ALPHA, enough, moved
+from anomalib_wtflow.operation.calibrate import ALPHA, by_score, enough, moved
 from anomalib_wtflow.training.calibration import Scores
 from conftest import quiet_engine
 
@@ -127,7 +127,7 @@ def test_the_rate_holds_in_another_light_and_the_sentence_appears_then_and_only_
             post.calibrate(values[new], values[new])
             before = post.image_threshold, post.pixel_threshold
             told = moved(
-                post, "", 0, before, Scores(day[old], day[old], zeros), Scores(values[new], values[new], zeros)
+                post, "", 0, before, Scores(day[old], day[old], zeros), Scores(values[new], values[new], zeros), {}
             )
             if values is night:
                 alarms += int((night[following] > post.image_threshold).sum())
@@ -151,11 +151,14 @@ def test_the_command(
     target = tmp_path / "night.ckpt"
     main(["calibrate", f"--ckpt_path={trained.checkpoint}", f"--data={good.night}", f"--output={target}"])
     lines = capsys.readouterr().out.splitlines()
+    before = loaded(trained.checkpoint)
+    above = [score for score in scores(before, good.night)[0] if score > before.post_processor.image_threshold]
     assert lines[0].startswith("Threshold ")
     assert "150 good images support a false-alarm rate of at most 9.93%." in lines[0]
     assert lines[1].startswith("These images score higher than those it was calibrated on (Mann-Whitney, p = ")
     assert lines[1].endswith("): the process has moved.")
-    assert lines[2] == f"Wrote {target}"
+    assert lines[2].split(": ")[0].startswith(f"{len(above)} of 150 images are anomalous at the old threshold, '")
+    assert lines[3] == f"Wrote {target}"
     for arguments, sentence in (
         ({"ckpt_path": tmp_path / "none.ckpt"}, "error: There is no checkpoint at "),
         ({"data": tmp_path / "none"}, "error: There is no data at "),
@@ -193,12 +196,12 @@ def test_a_few_images_that_look_like_another_product_do_not_move_its_threshold()
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def compared(old: torch.Tensor, new: torch.Tensor, **kwargs: Any) -> Any:
+def compared(old: torch.Tensor, new: torch.Tensor, anomalous: dict[str, float] | None = None) -> Any:
     post = WTFlowPostProcessor(0.05)
     post.calibrate(new, new)
     zeros = [torch.zeros(len(values), dtype=torch.int64) for values in (old, new)]
     before = torch.tensor([1.0]), torch.tensor([2.0])
-    return moved(post, "bolt", 0, before, Scores(old, old, zeros[0]), Scores(new, new, zeros[1]), **kwargs)
+    return moved(post, "bolt", 0, before, Scores(old, old, zeros[0]), Scores(new, new, zeros[1]), anomalous or {})
 
 
 def test_words() -> None:
@@ -220,6 +223,35 @@ def test_words() -> None:
     assert not few.moved
     assert few.sentences(0.05)[0].endswith("at most 10.00%, not the 5.00% asked for: give more good images.")
     assert few.sentences(0.05)[1] == "The checkpoint does not hold the scores it was calibrated on: no comparison."
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        # 20 images, of which the highest is the threshold, T = 1 before: one above it raises T
+        ([0.5] * 19 + [3.0], "1 of 20 images is anomalous at the old threshold, '19' (3): leave it out "),
+        ([0.5] * 18 + [2.0, 3.0], "2 of 20 images are anomalous at the old threshold, '19' (3), '18' (2): leave "),
+        ([0.5] * 20, None),
+        # 40 images, of which the second highest is the threshold: one may be above it
+        ([0.5] * 39 + [3.0], None),
+        ([0.5] * 38 + [2.0, 3.0], "2 of 40 images are anomalous at the old threshold, '39' (3), '38' (2): leave "),
+        ([0.5] * 39 + [math.inf], "1 of 40 images is anomalous at the old threshold, '39' (like no product): "),
+        ([*range(2, 22)], "20 of 20 images are anomalous at the old threshold, '19' (21), '18' (20), '17' (19), '16' "
+         "(18), '15' (17) and 15 more: leave those that are defective out and calibrate again."),
+    ],
+)  # fmt: skip
+def test_images_that_raise_the_threshold_are_named(values: list[float], sentence: str | None) -> None:
+    """Whatever else is said; as many as may be above the threshold by the rate are not."""
+    new = torch.tensor(values)
+    zeros = torch.zeros(len(new), dtype=torch.int64)
+    above = by_score([str(k) for k in range(len(new))], Scores(new, new, zeros), new > 1)
+    assert above == {str(k): value for k, value in enumerate(values) if value > 1}
+    one = compared(torch.linspace(0, 1, 50), new, above)
+    said = [line for line in one.sentences(0.05) if "anomalous" in line]
+    assert one.suspicious == (sentence is not None)
+    assert one.suspicious == (one.after > 1 or math.inf in values)
+    assert len(said) == one.suspicious
+    assert all(line.startswith(sentence) for line in said)
 
 
 def test_a_product_without_images_keeps_its_threshold() -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,18 @@ from anomalib.deploy import CompressionType
 from anomalib.metrics import AUPIMO, AUROC, Evaluator
 from anomalib.models import Padim
 from anomalib.post_processing import PostProcessor
+from PIL import Image
+from ready import ready
 from scipy.stats import mannwhitneyu
 from small import folder, model
 from torch.utils.data import DataLoader
 
 from anomalib_wtflow import Products, SyntheticParts, WTFlow, WTFlowPostProcessor, calibrate
+from anomalib_wtflow.data.drawing import draw_part
 from anomalib_wtflow.deploy.quantization import fitting
 from anomalib_wtflow.operation.calibrate import ALPHA, could_tell
 from anomalib_wtflow.operation.data import data_sets
+from anomalib_wtflow.reporting.unjudged import warn_of_unlisted
 from anomalib_wtflow.reporting.verdicts import read
 from conftest import quiet_engine
 
@@ -438,6 +443,126 @@ def test_calibrate_on_one_image_says_that_it_cannot_tell(copy: Path, small: Simp
     said = str(calibrate(small.checkpoint, copy / "test" / "good", tmp_path / "moved.ckpt"))
     assert "1 image is too few to tell whether the process has moved (Mann-Whitney, p = " in said
     assert "score like" not in said
+
+
+@pytest.fixture
+def mixed(copy: Path) -> Path:
+    """A folder of a folder of four images, and of what anomalib does not list, or nobody would."""
+    root = copy / "test" / "good"
+    (root / "sub").mkdir()
+    for path in sorted(root.glob("*.png"))[:4]:
+        path.rename(root / "sub" / path.name)
+    for path in root.glob("*.png"):
+        path.unlink()
+    for name in ("part.jfif", "sub/part", "sub/part.gif", ".hidden.jfif", "sub/Thumbs.db", ".DS_Store"):
+        shutil.copy(root / "sub" / "000.png", root / name)
+    (root / "linked").symlink_to(copy / "train" / "good")
+    return root
+
+
+UNLISTED = "since anomalib knows images by their extensions and follows no link to a folder: "
+
+
+def said_of_files(command: Any, *args: Any, **kwargs: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")  # else Python gives the same one once
+        command(*args, **kwargs)
+    return [str(each.message).split(";")[0] for each in given if UNLISTED in str(each.message)]
+
+
+def test_predict_names_the_files_that_it_does_not_judge(mixed: Path, small: SimpleNamespace, tmp_path: Path) -> None:
+    """Of the folder that it was given; of a data set, whose folder is not known, of the one that its images are in."""
+
+    def said(**kwargs: Any) -> list[str]:
+        engine = quiet_engine(tmp_path / "results")
+        return said_of_files(engine.predict, model(), ckpt_path=small.checkpoint, **kwargs)
+
+    sub = f"2 files in '{mixed / 'sub'}' were not judged, {UNLISTED}'part', 'part.gif'"
+    everything = f"4 files in '{mixed}' were not judged, {UNLISTED}'linked', 'part.jfif', 'sub/part', 'sub/part.gif'"
+    assert said(data_path=mixed) == [everything]
+    assert said(data_path=mixed / "sub") == said(dataset=PredictDataset(mixed)) == [sub]
+    assert said(data_path=mixed / "sub" / "000.png") == said(dataset=PredictDataset(mixed / "sub" / "000.png")) == []
+    some = PredictDataset(mixed)
+    some.image_filenames = some.image_filenames[:3]
+    assert said(dataset=some) == []
+    assert said(data_path=mixed.parent / "scratch") == []
+
+
+@pytest.mark.parametrize("name", ["good", NAME])
+def test_calibrate_and_diagnose_name_the_files_that_they_do_not_use(
+    mixed: Path, small: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    folder = mixed.rename(mixed.parent / name)
+    sentence = f"4 files in '{folder}' were not used, {UNLISTED}'linked', 'part.jfif', 'sub/part', 'sub/part.gif'"
+    assert said_of_files(calibrate, small.checkpoint, folder, tmp_path / "moved.ckpt") == [sentence]
+    assert said_of_files(data_sets, folder) == [sentence]
+    assert said_of_files(data_sets, folder / "sub" / "000.png") == []
+
+
+def test_a_few_of_many_files_are_named(tmp_path: Path) -> None:
+    for place in range(7):
+        (tmp_path / f"{place}.txt").touch()
+    with pytest.warns(UserWarning, match=r"^7 files .* were not judged, .*: '0.txt', '1.txt', .* '4.txt' and 2 more; "):
+        warn_of_unlisted(tmp_path, [], "judged")
+    with pytest.warns(UserWarning, match=r"^1 file .* was not judged, .*: '6.txt'; "):
+        warn_of_unlisted(tmp_path, [tmp_path / f"{place}.txt" for place in range(6)], "judged")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A checkpoint of a model of two drawn products, and a folder: ten good parts of the first, and what is none."""
+    root, two_products = tmp_path_factory.mktemp("two"), ready(2)
+    two_products.post_processor._image_threshold /= 1.6  # the field is not trained
+    checkpoint = {"state_dict": two_products.state_dict(), "epoch": 0, "pytorch-lightning_version": "2"}
+    two_products.on_save_checkpoint(checkpoint)
+    torch.save({**checkpoint, "hyper_parameters": {"image_size": 64, "overrides": {"width": 8}}}, root / "model.ckpt")
+    (root / "data" / "sub").mkdir(parents=True)
+    pictures = {f"good{seed}.png": draw_part(seed, 64, None, 0)[0] for seed in range(40, 50)}
+    pictures |= {f"sub/bad{seed}.png": np.roll(draw_part(seed, 64, None, 0)[0], 10, axis=1) for seed in range(50, 58)}
+    pictures |= {f"other{seed}.png": draw_part(seed, 64, None, 1)[0] for seed in range(2)}
+    pictures["stripes.png"] = np.tile(np.array([0, 255], np.uint8)[:, None, None], (32, 64, 3))
+    pictures["white.png"] = np.full((64, 64, 3), 255, np.uint8)
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(root / "data" / name)
+    return SimpleNamespace(model=two_products, checkpoint=root / "model.ckpt", data=root / "data")
+
+
+@torch.no_grad()
+def test_calibrate_names_what_is_anomalous_at_the_old_threshold(two: SimpleNamespace, tmp_path: Path) -> None:
+    """Defective parts and a stranger among good ones; of the other product there are too few."""
+    post, high, low = two.model.post_processor, {}, {}
+    for item in PredictDataset(two.data):
+        raw = two.model.model(two.model.pre_processor.transform(item.image)[None])
+        name, place = Path(item.image_path).relative_to(two.data).as_posix(), int(raw.product)
+        score = math.inf if raw.strangeness > 1 else raw.pred_score.item()
+        if place == 0 and score > post.image_threshold[0]:
+            high[name] = score
+        elif place == 1:
+            low[name] = score
+    done = calibrate(two.checkpoint, two.data, tmp_path / "moved.ckpt", false_alarm_rate=0.1)
+    (one,) = done.products
+    assert one.anomalous == pytest.approx(high, rel=1e-4)
+    assert list(one.anomalous) == sorted(high, key=high.get, reverse=True)
+    assert 6 < len(high) < one.images
+    assert next(iter(one.anomalous)) == "stripes.png"
+    assert done.left_out == pytest.approx(low, rel=1e-4)
+    assert set(low) == {"white.png", "other0.png", "other1.png"}
+    said = str(done)
+    assert (
+        f"{len(high)} of {one.images} images of '0' are anomalous at the old threshold, 'stripes.png' (like no" in said
+    )
+    assert f" and {len(high) - 5} more: leave those that are defective out and calibrate again." in said
+    assert "too few images show '1': thresholds kept. Left out: 'white.png' (like no product), 'other" in said
+
+
+def test_calibrate_on_strangers_names_them(two: SimpleNamespace, tmp_path: Path) -> None:
+    """They count as anomalous at any threshold, so that of a few images there is none."""
+    data = Path(shutil.copytree(two.data, tmp_path / "data"))
+    shutil.rmtree(data / "sub")
+    with pytest.raises(
+        ValueError, match=r"Too many of the images .* 'stripes.png' \(like no product\), 'white.*: leave those out"
+    ):
+        calibrate(two.checkpoint, data, tmp_path / "moved.ckpt", false_alarm_rate=0.1)
 
 
 @pytest.mark.parametrize(("sensitivity", "promised"), [(0.3, True), (0.5, True), (0.7, False)])

@@ -1,6 +1,7 @@
 """Move the threshold of a trained model to what the process is like today, without training."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +17,11 @@ from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import images_of
 from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
+from anomalib_wtflow.reporting.unjudged import first_few
 from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.calibration import Scores, score_images
+from anomalib_wtflow.training.image_check import image_paths
 from anomalib_wtflow.training.resuming import replace_whole
 
 LAYOUT = ("train", "test", "ground_truth")
@@ -35,6 +38,8 @@ class Moved:
     ``p_value`` is that of a two-sided Mann-Whitney U test of the new scores against those that the old threshold came
     from; None where the checkpoint does not hold these. ``promised`` is the false-alarm rate that ``images`` support.
     ``can_tell`` says whether so many scores could tell that the process has moved (:func:`could_tell`).
+    ``anomalous`` are the new images above the old threshold, with their raw scores (infinite if like no product), the
+    highest first, by their names below the data's folder.
     """
 
     product: str
@@ -48,6 +53,17 @@ class Moved:
     higher: bool
     moved: bool
     can_tell: bool
+    anomalous: Mapping[str, float]
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the new images should be looked at: ``after > before``, or one of them is like no product.
+
+        A share of good images is above the old threshold by its promise. The new threshold is above the old one just
+        where as many are as set it, whatever their number, and only then an image that was anomalous passes as good
+        from now on.
+        """
+        return bool(self.anomalous) and (self.after > self.before or math.inf in self.anomalous.values())
 
     def sentences(self, asked: float, of: str = "") -> list[str]:
         """Say it."""
@@ -72,6 +88,13 @@ class Moved:
             )
         else:
             lines.append(f"They score like those it was calibrated on (Mann-Whitney, p = {self.p_value:.2g}).")
+        if self.suspicious:
+            several = len(self.anomalous) > 1
+            lines.append(
+                f"{len(self.anomalous)} of {self.images} images{of} {'are' if several else 'is'} anomalous at the old "
+                f"threshold, {named(self.anomalous)}: leave {'those that are' if several else 'it out if it is'} "
+                f"defective{' out' if several else ''} and calibrate again."
+            )
         return lines
 
 
@@ -84,6 +107,8 @@ class Calibrated:
     products: list[Moved]
     unseen: list[str]
     """Products that no or too few new images show; they keep their thresholds."""
+    left_out: Mapping[str, float]
+    """The images that show these, with their raw scores, as in :class:`Moved`."""
 
     def __str__(self) -> str:
         """Say it in a few lines."""
@@ -93,7 +118,8 @@ class Calibrated:
             lines += each.sentences(self.false_alarm_rate, f" of '{each.product}'" if several else "")
         if self.unseen:
             names = ", ".join(map(repr, self.unseen))
-            lines.append(f"No or too few images show {names}: thresholds kept.")
+            some = f" Left out: {named(self.left_out)}." if self.left_out else ""
+            lines.append(f"No or too few images show {names}: thresholds kept.{some}")
         return "\n".join(lines)
 
 
@@ -118,7 +144,8 @@ def calibrate(
         device: ``auto``, ``cpu``, ``cuda``, …
 
     Returns:
-        Old and new thresholds of each product, the rates that they support, and how unlike the old scores the new are.
+        Old and new thresholds of each product, the rates that they support, how unlike the old scores the new are, and
+        which images are anomalous at the old thresholds.
 
     Raises:
         FileNotFoundError: If the checkpoint or the data is not there.
@@ -139,15 +166,21 @@ def calibrate(
     allocate(post, len(model.product_names))
     before = post.image_threshold.clone(), post.pixel_threshold.clone()
     old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_product.cpu())
-    new = enough(score_images(model, images), old, len(model.product_names), post)
-    post.calibrate(*new, count=len(model.product_names), keep=True)
-    products = [
-        moved(post, model.product_names[place], place, before, old, new) for place in new.product.unique().tolist()
-    ]
+    names, scored = names_below(images, Path(data)), score_images(model, images)
+    new = enough(scored, old, len(model.product_names), post)
+    set_thresholds(post, new, len(model.product_names), by_score(names, scored, scored.scores.isinf()))
+    products = []
+    for place in new.product.unique().tolist():
+        limit = before[0][place].cpu()
+        anomalous = by_score(
+            names, scored, (scored.product == place) & ((scored.scores > limit) | scored.scores.isinf())
+        )
+        products.append(moved(post, model.product_names[place], place, before, old, new, anomalous))
     unseen = [name for place, name in enumerate(model.product_names) if place not in new.product]
+    left_out = by_score(names, scored, ~torch.isin(scored.product, new.product))
     save(path, target, model)
     assert post.false_alarm_rate is not None
-    return Calibrated(target, post.false_alarm_rate, products, unseen)
+    return Calibrated(target, post.false_alarm_rate, products, unseen, left_out)
 
 
 def good_images(path: Path) -> Any:
@@ -168,6 +201,47 @@ def good_images(path: Path) -> Any:
         msg = f"'{path}' holds more than good images (train, test or ground_truth): give a folder of good images alone."
         raise ValueError(msg)
     return images_of(path)
+
+
+def names_below(images: Any, folder: Path) -> list[str]:
+    """Name images by their paths below a folder, whatever links lead there."""
+    paths, folder = [Path(path) for path in image_paths(images)], folder.resolve()
+    return [path.relative_to(folder).as_posix() if folder in path.parents else path.name for path in paths]
+
+
+def by_score(names: Sequence[str], scored: Scores, chosen: Tensor) -> dict[str, float]:
+    """Return the raw scores of some images, ``chosen`` being a mask ``(n,)``, by their names; the highest first."""
+    order = scored.scores.argsort(descending=True, stable=True)
+    return {names[k]: float(scored.scores[k]) for k in order[chosen[order]].tolist()}
+
+
+def named(images: Mapping[str, float]) -> str:
+    """Name some images with their raw scores, and say how many more there are."""
+    return first_few(
+        [f"'{name}' ({'like no product' if score == math.inf else f'{score:.4g}'})" for name, score in images.items()]
+    )
+
+
+def set_thresholds(post: WTFlowPostProcessor, new: Scores, count: int, strange: Mapping[str, float]) -> None:
+    """Set the thresholds of the products that the new images show.
+
+    Args:
+        post: Takes them.
+        new: Of the new images.
+        count: Number of the model's products.
+        strange: The images like no product, which count as anomalous at any threshold.
+
+    Raises:
+        ValueError: If there are so many of these that a threshold would be infinite.
+    """
+    try:
+        post.calibrate(*new, count=count, keep=True)
+    except ValueError as error:
+        msg = (
+            f"Too many of the images are anomalous at any threshold, {named(strange)}: leave those out that do not "
+            "belong there, or give more good images."
+        )
+        raise ValueError(msg) from error
 
 
 def with_rate(model: WTFlow, rate: float | None) -> WTFlowPostProcessor:
@@ -209,7 +283,13 @@ def enough(new: Scores, old: Scores, count: int, post: WTFlowPostProcessor) -> S
 
 
 def moved(
-    post: WTFlowPostProcessor, name: str, place: int, before: tuple[Tensor, Tensor], old: Scores, new: Scores
+    post: WTFlowPostProcessor,
+    name: str,
+    place: int,
+    before: tuple[Tensor, Tensor],
+    old: Scores,
+    new: Scores,
+    anomalous: Mapping[str, float],
 ) -> Moved:
     """Compare a product's new scores with those that its old threshold came from."""
     mine, theirs = new.scores[new.product == place], old.scores[old.product == place]
@@ -229,6 +309,7 @@ def moved(
         higher=higher,
         moved=p_value is not None and p_value < alpha,
         can_tell=could_tell(len(mine), len(theirs), alpha),
+        anomalous=anomalous,
     )
 
 

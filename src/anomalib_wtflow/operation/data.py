@@ -10,6 +10,7 @@ from yaml import YAMLError
 
 from anomalib_wtflow.data.layout import mvtec_layout, plain_paths
 from anomalib_wtflow.data.products import Products
+from anomalib_wtflow.reporting.unjudged import warn_of_unlisted
 from anomalib_wtflow.training.data_errors import explained
 
 
@@ -63,17 +64,20 @@ def data_sets(data: AnomalibDataModule | str | Path) -> DataSets:
 
 
 def images_of(path: Path) -> PredictDataset:
-    """Images of a folder, or one image, without labels.
+    """Images of a folder, or one image, without labels; of other files in it a warning.
 
     Raises:
         ValueError: If there are none.
     """
     try:
         with plain_paths() as plain:
-            return PredictDataset(plain(path))
+            images = PredictDataset(plain(path))
     except (RuntimeError, ValueError) as error:
         msg = f"There are no images in '{path}': give a folder of images, or one in MVTec's layout, or a YAML file."
         raise ValueError(msg) from error
+    if path.is_dir():
+        warn_of_unlisted(path, images.image_filenames, "used")
+    return images
 
 
 def from_config(path: Path) -> AnomalibDataModule:

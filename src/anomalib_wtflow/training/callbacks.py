@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.reporting.measurable import MeasurableMetrics
 from anomalib_wtflow.reporting.product_report import ProductReport
+from anomalib_wtflow.reporting.unjudged import Unjudged
 from anomalib_wtflow.reporting.verdicts import Verdicts
 from anomalib_wtflow.training.averaging import WeightAveraging
 from anomalib_wtflow.training.batch_check import BatchCheck
@@ -34,5 +35,5 @@ def of(model: Any) -> list[Callback]:
     if isinstance(post_processor, WTFlowPostProcessor):
         result.append(Calibration(post_processor, settings.calibration_ratio, caching))
     result += [caching, SeededOrder(settings.seed), Plateau(caching, settings.plateau), Resuming()]
-    result += [MeasurableMetrics(), ProductReport(), *([Verdicts()] if settings.verdicts else [])]
+    result += [MeasurableMetrics(), ProductReport(), *([Verdicts()] if settings.verdicts else []), Unjudged()]
     return [*result, CheckpointReading(), BatchCheck(), ImageCheck()]

@@ -1,9 +1,7 @@
 """What a model writes into its checkpoint, and what it takes from one."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from anomalib.post_processing import PostProcessor
@@ -13,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from anomalib_wtflow import __version__
+from anomalib_wtflow.callers import call_of
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.training import checkpoint_rules
@@ -23,10 +22,7 @@ def at_the_end_of_a_training() -> bool:
     """Whether anomalib's ``Engine.train``, which tests after training, is being called."""
     from anomalib.engine import Engine  # which imports the models first
 
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not Engine.train.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return call_of(Engine.train) is not None
 
 
 class Checkpoints:
