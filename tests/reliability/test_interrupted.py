@@ -3,8 +3,10 @@
 import csv
 import os
 import random
+import shutil
 import signal
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +17,13 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine import Engine
 from commands import Command, Fault, checkpoint, place, run, runs, state, training
+from PIL import Image
 
-from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow import SyntheticParts, WTFlow, calibrate
 from anomalib_wtflow.training import plateau
 from anomalib_wtflow.training.plateau import Plateau
 from anomalib_wtflow.training.resuming import Resuming
+from anomalib_wtflow.training.same_data import difference, marks_of
 from conftest import callback_of, quiet_engine
 
 OURS = "anomalib_wtflow."
@@ -211,6 +215,70 @@ def test_the_newest_checkpoint_is_named(data: Path, tmp_path: Path, caplog: pyte
     assert said(resumed.trainer).endswith(": there is no checkpoint to go on from.")
 
 
+def fitted(root: Path, parts: Any, **kwargs: Any) -> tuple[Path, list[str]]:
+    """Fit for an epoch more than there is; return the checkpoint and what is said of other images."""
+    epochs = 2 if kwargs else 1
+    model = WTFlow(max_epochs=epochs, image_size=64, false_alarm_rate=0.3, overrides={"plateau": 0.0})
+    engine = quiet_engine(root)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        engine.fit(model, datamodule=parts, **kwargs)
+    said = [str(each.message) for each in given if "other images" in str(each.message)]
+    return Path(engine.best_model_path), said
+
+
+OTHERS = "The training goes on with other images than the checkpoint was trained on: it had 16, here are "
+
+
+def test_resumed_with_other_images(data: Path, tmp_path: Path) -> None:
+    """It says how many are others; not where the same ones lie elsewhere, or the checkpoint does not say."""
+    saved, said = fitted(tmp_path / "first", small(data))
+    assert said == []
+    parts = small(tmp_path / "elsewhere")
+    shutil.copytree(small(data).root, parts.root)
+    later, said = fitted(tmp_path / "elsewhere", parts, ckpt_path=saved)
+    assert said == []
+    marks = [torch.load(path, weights_only=True)["wtflow"]["images"] for path in (saved, later)]
+    assert len(marks[0]) == 16
+    torch.testing.assert_close(*marks, rtol=0, atol=0)
+    good = sorted((Path(parts.root) / "train" / "good").iterdir())
+    for path in good[:3]:
+        path.write_bytes(good[5].read_bytes())
+    _, (said,) = fitted(tmp_path / "changed", parts, ckpt_path=saved)
+    assert said.startswith(f"{OTHERS}16, 3 of which it had not, and 3 of its own are gone.")
+    assert said.endswith("train anew without --ckpt_path, or add products with --model.start_from.")
+    more, (said,) = fitted(tmp_path / "more", SyntheticParts(data, 20, 8, 4, 64, train_batch_size=4), ckpt_path=saved)
+    assert said.startswith(f"{OTHERS}20, 4 of which it had not, and 0 of its own are gone.")
+    assert len(torch.load(more, weights_only=True)["wtflow"]["images"]) == 20
+    early = torch.load(saved, weights_only=True)
+    del early["wtflow"]["images"]
+    torch.save(early, tmp_path / "early.ckpt")
+    assert fitted(tmp_path / "early", parts, ckpt_path=tmp_path / "early.ckpt")[1] == []
+
+
+def test_a_calibrated_checkpoint_knows_its_training_images(data: Path, tmp_path: Path) -> None:
+    saved, _ = fitted(tmp_path, small(data))
+    done = calibrate(saved, Path(small(data).root) / "test" / "good", tmp_path / "moved.ckpt")
+    torch.testing.assert_close(
+        *[torch.load(path, weights_only=True)["wtflow"]["images"] for path in (saved, done.path)], rtol=0, atol=0
+    )
+
+
+def test_images_of_the_same_names_and_sizes_are_others(tmp_path: Path) -> None:
+    """Those of a BMP are all of one size; folders do not count, and an image that is there twice is two."""
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for shade, folder in zip((10, 10, 11), folders, strict=True):
+        folder.mkdir()
+        for name in ("0.bmp", "1.bmp"):
+            Image.new("RGB", (64, 64), (shade, 0, 0)).save(folder / name)
+    a, b, c = (marks_of(map(str, folder.iterdir())) for folder in folders)
+    assert difference(a, b) is None
+    assert "it had 2, here are 2, 2 of which it had not, and 2 of its own are gone." in str(difference(a, c))
+    assert "it had 2, here are 4, 2 of which it had not, and 0 of its own are gone." in str(
+        difference(a, torch.cat([a, b]))
+    )
+
+
 class Shown(WTFlow):
     """Knows which batches it was shown, in which epochs."""
 
@@ -320,3 +388,21 @@ def test_two_predictions_at_once(data: Path, tmp_path: Path) -> None:
         with each.open() as file:
             assert sorted(row["image_path"] for row in csv.DictReader(file)) == paths
     assert run(tmp_path, *words, log="after.txt").status == 0
+
+
+@pytest.mark.slow
+def test_a_prediction_that_is_stopped_says_what_was_not_judged(data: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, *training(data, epochs=1))
+    assert done.status == 0, done.text
+    words = ["predict", "--model", "WTFlow", "--model.image_size", 64, "--ckpt_path", checkpoint(runs(tmp_path)[0])]
+    words += ["--data", next(data.rglob("test"))]
+    stop = Fault(f"{OURS}reporting.verdicts:Verdicts._write", 3, signal.SIGINT)
+    stopped = run(tmp_path, *words, faults=[stop], log="stopped.txt")
+    table = tmp_path / "results" / "WTFlow" / "latest" / "scores.csv"
+    with table.open() as file:
+        judged = len(list(csv.DictReader(file)))
+    assert judged in (3, 4)
+    said = f"Stopped after {judged} of 20 images: their verdicts are in {table}, the others were not judged."
+    assert stopped.status == 1
+    assert said in stopped.text
+    assert "Traceback" not in stopped.text

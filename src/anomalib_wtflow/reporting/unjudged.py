@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from anomalib_wtflow.callers import call_of
+from anomalib_wtflow.reporting.verdicts import datasets
 
 NAMED = 5
 """Most files that a sentence names."""
@@ -86,9 +87,7 @@ class Unjudged(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Look at the folder of each data set once more."""
         del pl_module
-        loaders: Any = trainer.predict_dataloaders
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            dataset = getattr(loader, "dataset", None)
+        for dataset in datasets(trainer):
             if isinstance(dataset, PredictDataset):
                 folder = folder_of(dataset.image_filenames)
                 if folder is not None:

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from anomalib_wtflow.flow.rows import own
@@ -85,8 +87,13 @@ class Verdicts(Callback):
         self._lock = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Close the file after a failure."""
-        del exception
+        """Close the file after a failure; if a person or a machine stopped the run, say what was not judged."""
+        if self._file is not None and isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            asked = sum(map(len, datasets(trainer)))
+            rank_zero_info(
+                f"Stopped after {self._judged} of {asked} images: their verdicts are in {self._file.name}, the others "
+                "were not judged."
+            )
         self.teardown(trainer, pl_module, "")
 
     # Files -----------------------------------------------------------------------------------------------------------
@@ -103,7 +110,7 @@ class Verdicts(Callback):
             if trainer.global_rank == 0:
                 self._lock = locked(path)
             path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
-            self._file = path.open("w", newline="", encoding="utf-8")
+            self._file, self._judged = path.open("w", newline="", encoding="utf-8"), 0
             self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
             self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
             self._rows.writeheader()
@@ -115,6 +122,7 @@ class Verdicts(Callback):
             with told(Path(self._file.name)):
                 self._rows.writerows(rows)
                 self._file.flush()
+            self._judged += len(rows)
 
     def _close(self) -> None:
         if self._file is not None:
@@ -146,6 +154,12 @@ class Verdicts(Callback):
         if trainer.is_global_zero:
             with told(path), path.open("ab") as whole:
                 whole.write(text.partition(b"\n")[2])
+
+
+def datasets(trainer: Trainer) -> list[Any]:
+    """Return the data sets that a test or a prediction goes through."""
+    loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    return [loader.dataset for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])]
 
 
 def told(path: Path) -> AbstractContextManager[None]:

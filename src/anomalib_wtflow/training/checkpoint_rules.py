@@ -28,9 +28,13 @@ RESUME = ("false_alarm_rate", "calibration_ratio")
 """Settings that choose which images the field is not trained on, and so must not change when a training goes on."""
 
 
-def describe(settings: Settings, version: str, products: Sequence[str]) -> dict[str, Any]:
-    """Return what a checkpoint says of its model: the version of this package, all settings, and the products."""
-    return {"version": version, "settings": settings.plain(), "products": list(products)}
+def describe(settings: Settings, version: str, products: Sequence[str], images: Tensor | None) -> dict[str, Any]:
+    """Return what a checkpoint says of its model: the version of this package, all settings, and the products.
+
+    And, where they are known, its training images (:func:`anomalib_wtflow.training.same_data.marks_of`).
+    """
+    said = {"version": version, "settings": settings.plain(), "products": list(products)}
+    return said if images is None else {**said, "images": images}
 
 
 def load(path: str | Path) -> Any:

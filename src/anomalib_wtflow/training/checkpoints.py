@@ -8,7 +8,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from anomalib_wtflow import __version__
 from anomalib_wtflow.callers import call_of
@@ -35,6 +35,8 @@ class Checkpoints:
     trained_steps: int = 0
     """Training steps and epochs of the checkpoint that was loaded, if one was."""
     trained_epochs: int = 0
+    trained_on: Tensor | None = None
+    """Its training images, if it says so."""
     _trainer: Any
     trainer: Any
 
@@ -58,7 +60,7 @@ class Checkpoints:
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         self._forget_copy(checkpoint)
         checkpoint[checkpoint_rules.KEY] = checkpoint_rules.describe(
-            self._settings_in_force, __version__, self.product_names
+            self._settings_in_force, __version__, self.product_names, self.trained_on
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -80,7 +82,9 @@ class Checkpoints:
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
             self.post_processor = PostProcessor()
-        self.product_names = checkpoint[checkpoint_rules.KEY]["products"]
+        said = checkpoint[checkpoint_rules.KEY]
+        self.product_names, images = said["products"], said.get("images")
+        self.trained_on = images if isinstance(images, Tensor) else None
         self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
         self._forget_copy(checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
