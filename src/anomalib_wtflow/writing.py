@@ -1,9 +1,9 @@
-"""Files that cannot be written, in words: libraries' errors of a full disk seldom say which, or that it is full."""
+"""Files that are written whole or not at all, and why one cannot be: libraries' errors seldom say which, or why."""
 
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -45,3 +45,23 @@ def refusal(place: Path) -> str | None:
     except OSError as error:
         return error.strerror
     return None
+
+
+def replace_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file's bytes beside its place and rename it: all of them or, if that fails, none.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name on no content
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise

@@ -140,8 +140,8 @@ def test_no_room_for_a_calibrated_checkpoint(trained: SimpleNamespace, tmp_path:
     target = tmp_path / "model.ckpt"
     shutil.copy(trained.checkpoint, target)
     model, _, _ = load_model(trained.checkpoint)
-    sentence = rf"The checkpoint '{target}' cannot be written \(File too large\): make room there, or give --output"
-    with largest_file(1_000_000), pytest.raises(ValueError, match=sentence):
+    sentence = rf"The checkpoint cannot be written to {target} \(File too large\): make room there, or give --output"
+    with largest_file(1_000_000), pytest.raises(RuntimeError, match=sentence):
         save(trained.checkpoint, target, model)
     assert target.read_bytes() == trained.checkpoint.read_bytes()
     assert list(tmp_path.iterdir()) == [target]

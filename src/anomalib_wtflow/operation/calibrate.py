@@ -22,7 +22,7 @@ from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.calibration import Scores, score_images
 from anomalib_wtflow.training.image_check import image_paths
-from anomalib_wtflow.training.resuming import replace_whole
+from anomalib_wtflow.writing import one_sentence_for, replace_whole
 
 LAYOUT = ("train", "test", "ground_truth")
 ALPHA = 0.01
@@ -330,7 +330,7 @@ def save(source: Path, target: Path, model: WTFlow) -> None:
     """Write a checkpoint with other thresholds and rate.
 
     Raises:
-        ValueError: If it cannot be written.
+        RuntimeError: If it cannot be written.
     """
     checkpoint = checkpoint_rules.read(source)
     assert model.post_processor is not None
@@ -340,11 +340,6 @@ def save(source: Path, target: Path, model: WTFlow) -> None:
     checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    try:
+    way = "make room there, or give --output a path in another folder"
+    with one_sentence_for("The checkpoint", target, way):
         replace_whole(target, buffer.getbuffer())
-    except OSError as error:
-        msg = (
-            f"The checkpoint '{target}' cannot be written ({error.strerror}): make room there, or give --output a path "
-            "in another folder."
-        )
-        raise ValueError(msg) from error

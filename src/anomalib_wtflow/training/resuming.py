@@ -1,9 +1,7 @@
 """A training that is stopped, and one that goes on from a checkpoint: nothing is lost between the two."""
 
-import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from anomalib_wtflow.training.giving_back import stand_in
+from anomalib_wtflow.writing import one_sentence_for, replace_whole
 
 
 def whole(save: Callable[..., None]) -> Callable[..., None]:
@@ -66,41 +65,16 @@ def write_whole_from_now_on(io: CheckpointIO) -> None:
     gives_back.append(stand_in(io, "teardown", ending))
 
 
-def replace_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file's bytes beside its place and rename it: all of them or, if that fails, none.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written to.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name on no content
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
-
-
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a checkpoint of a training by :func:`replace_whole`.
 
     Raises:
         RuntimeError: If the disk is full or the folder cannot be written to.
     """
-    try:
+    last = f"the last whole one is {path}" if path.is_file() else "there is none yet"
+    way = f"make room there, or give --default_root_dir another folder; {last}"
+    with one_sentence_for("A checkpoint", path.parent, way):
         replace_whole(path, content)
-    except OSError as error:
-        last = f"the last whole one is {path}" if path.is_file() else "there is none yet"
-        msg = (
-            f"A checkpoint cannot be written to {path.parent} ({error.strerror}): make room there, or give "
-            f"--default_root_dir another folder; {last}."
-        )
-        raise RuntimeError(msg) from error
 
 
 def newest_checkpoint(trainer: Trainer) -> Path | None:
