@@ -76,7 +76,7 @@ class ProductReport(Callback):
             return
         report = report_of(rows, pixels)
         for name, value in report["mean"].items():
-            # Of all processes already: with rank_zero_only nothing is reduced, and sync_dist but ends Lightning's advice.
+            # Of all processes already: with rank_zero_only nothing is reduced; sync_dist ends Lightning's advice.
             pl_module.log(f"products_{name}", value, rank_zero_only=True, sync_dist=True)
         path = Path(trainer.default_root_dir) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
