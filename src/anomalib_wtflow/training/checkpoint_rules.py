@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ WRITTEN = {"state_dict", "epoch", "pytorch-lightning_version"}
 """What Lightning writes into each checkpoint, and needs in it."""
 TYPES = {"epoch": int, "pytorch-lightning_version": str, "hyper_parameters": dict, "callbacks": dict}
 """Types of what is read before any value is used; callbacks may be left out."""
+ADVICE = "Weights only load failed"
+"""So begins the error with which torch advises to run what is in a file."""
 POST = "post_processor."
 RATE = "effective_false_alarm_rate"
 SCORES, SHOWN = f"{POST}calibration_scores", f"{POST}calibration_product"
@@ -67,7 +68,7 @@ def read(path: str | Path, load: Callable[[str | Path], Any] = load) -> dict[str
                 f"'{path}' cannot be read ({reason}), which says nothing of what is in it: see to that, and run again."
             )
             raise ValueError(msg) from error
-        if not isinstance(error, UnpicklingError):  # with which torch advises to run what is in the file
+        if ADVICE not in str(error):
             cause = error
     whole = isinstance(checkpoint, dict) and WRITTEN.issubset(checkpoint)
     state = checkpoint["state_dict"] if whole else None
