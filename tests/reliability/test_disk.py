@@ -257,7 +257,10 @@ def test_no_room_for_pictures(trained: SimpleNamespace, small_disk: Path) -> Non
     )
     with pytest.raises(RuntimeError, match=sentence):
         engine.predict(
-            model, dataloaders=DataLoader(PredictDataset(trained.parts.root / "test"), 4, collate_fn=ImageBatch.collate)
+            model,
+            dataloaders=DataLoader(
+                PredictDataset(trained.parts.root / "test"), batch_size=4, collate_fn=ImageBatch.collate
+            ),
         )
     assert len(list(read(next(small_disk.rglob("scores.csv"))))) in range(1, 32)
 

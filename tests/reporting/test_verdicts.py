@@ -199,7 +199,9 @@ def test_a_promise_needs_good_and_defective_images() -> None:
 
 
 def test_a_file_takes_the_verdicts_of_one_run_at_a_time(tmp_path: Path) -> None:
-    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, global_rank=0)
+    trainer: Any = SimpleNamespace(
+        default_root_dir=tmp_path, global_rank=0, predicting=True, predict_dataloaders=[SimpleNamespace(dataset=[1, 2])]
+    )
     model = SimpleNamespace(product_names=[""])
     first, second = Verdicts(), Verdicts()
     first._start(trainer, model)

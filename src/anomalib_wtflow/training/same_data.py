@@ -52,15 +52,21 @@ def difference(before: Tensor, now: Tensor) -> str | None:
 class SameData(Callback):
     """Have a checkpoint know its training images, and warn if its training goes on with others."""
 
+    def __init__(self) -> None:
+        self._paths: list[str] | None = None
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """List the training images, those for the threshold included, before others take them out."""
         del pl_module
         if stage == "fit":
             self._paths = image_paths(getattr(getattr(trainer, "datamodule", None), "train_data", None), masks=False)
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Compare them with those of the checkpoint, which has been read and taken by now, and take their place."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Once, compare them with those of the checkpoint, which nothing has refused by now, and take their place."""
+        if self._paths is None:
+            return
         marks = marks_of(self._paths) if self._paths else None
+        self._paths = None
         if trainer.ckpt_path is not None and marks is not None and pl_module.trained_on is not None:
             text = difference(pl_module.trained_on, marks)
             if text:
