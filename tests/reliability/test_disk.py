@@ -237,7 +237,7 @@ def test_what_fails_for_want_of_room_and_what_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
 def test_no_room_for_an_export(trained: SimpleNamespace, small_disk: Path, kind: str) -> None:
     model = WTFlow.load_from_checkpoint(trained.checkpoint).eval()
     sentence = (
