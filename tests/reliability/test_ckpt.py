@@ -182,6 +182,7 @@ FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "callbacks": (lambda each: each.update(callbacks=[1]), "callbacks is no dict"),
     "epoch": (lambda each: each.update(epoch="last"), "epoch is no int"),
     "products": (lambda each: each["wtflow"].update(products=["a", "b"]), "its products are not those of its weights"),
+    "codes": (lambda each: reshape(each, "model.codes"), "its products are not those of its weights"),
     "scores": (
         lambda each: reshape(each, checkpoint_rules.SCORES, 2, 2),
         "post_processor.calibration_scores has another shape than its products",
@@ -224,6 +225,14 @@ def test_a_part_of_another_type_or_shape_is_named(forms: Path, kind: str) -> Non
     with pytest.raises(ValueError, match=re.escape(sentence)) as error:
         WTFlow.load_from_checkpoint(forms / f"{kind}.ckpt")
     assert errors.raised_here(error.value.__traceback__)
+
+
+def test_another_post_processor_is_no_other_version(trained: SimpleNamespace) -> None:
+    words = (
+        r" has tensors of another post-processor than the model's \(post_processor\.\S+\): give the model the one that"
+    )
+    with pytest.raises(ValueError, match=words):
+        WTFlow.load_from_checkpoint(trained.checkpoint, post_processor=False)
 
 
 def test_numpys_numbers_among_the_settings_are_read_alike(trained: SimpleNamespace, tmp_path: Path) -> None:

@@ -460,7 +460,11 @@ def mixed(copy: Path) -> Path:
     return root
 
 
-UNLISTED = "since anomalib knows images by their extensions and follows no link to a folder: "
+UNLISTED = "since anomalib knows images by their extensions, and follows no links to folders: "
+EACH = (
+    f"{UNLISTED}1 .gif ('sub/part.gif'), 1 .jfif ('part.jfif'), 1 link to a folder ('linked'), 1 without extension "
+    "('sub/part')"
+)
 
 
 def said_of_files(command: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -477,8 +481,8 @@ def test_predict_names_the_files_that_it_does_not_judge(mixed: Path, small: Simp
         engine = quiet_engine(tmp_path / "results")
         return said_of_files(engine.predict, model(), ckpt_path=small.checkpoint, **kwargs)
 
-    sub = f"2 files in '{mixed / 'sub'}' were not judged, {UNLISTED}'part', 'part.gif'"
-    everything = f"4 files in '{mixed}' were not judged, {UNLISTED}'linked', 'part.jfif', 'sub/part', 'sub/part.gif'"
+    sub = f"2 files in '{mixed / 'sub'}' not judged, {UNLISTED}1 .gif ('part.gif'), 1 without extension ('part')"
+    everything = f"4 files in '{mixed}' not judged, {EACH}"
     assert said(data_path=mixed) == [everything]
     assert said(data_path=mixed / "sub") == said(dataset=PredictDataset(mixed)) == [sub]
     assert said(data_path=mixed / "sub" / "000.png") == said(dataset=PredictDataset(mixed / "sub" / "000.png")) == []
@@ -493,19 +497,44 @@ def test_calibrate_and_diagnose_name_the_files_that_they_do_not_use(
     mixed: Path, small: SimpleNamespace, tmp_path: Path, name: str
 ) -> None:
     folder = mixed.rename(mixed.parent / name)
-    sentence = f"4 files in '{folder}' were not used, {UNLISTED}'linked', 'part.jfif', 'sub/part', 'sub/part.gif'"
+    sentence = f"4 files in '{folder}' not used, {EACH}"
     assert said_of_files(calibrate, small.checkpoint, folder, tmp_path / "moved.ckpt") == [sentence]
     assert said_of_files(data_sets, folder) == [sentence]
     assert said_of_files(data_sets, folder / "sub" / "000.png") == []
 
 
-def test_a_few_of_many_files_are_named(tmp_path: Path) -> None:
+def test_kinds_of_many_files_are_named_the_rarest_first(tmp_path: Path) -> None:
+    """Notes beside images do not hide the one file that may show a part."""
     for place in range(7):
         (tmp_path / f"{place}.txt").touch()
-    with pytest.warns(UserWarning, match=r"^7 files .* were not judged, .*: '0.txt', '1.txt', .* '4.txt' and 2 more; "):
+        (tmp_path / f"0.{place}x").touch()
+    (tmp_path / "z.JFIF").touch()
+    words = r"^15 files .* not judged, .*: 1 \.0x \('0\.0x'\), .* 1 \.4x \('0\.4x'\) and 4 more; "
+    with pytest.warns(UserWarning, match=words):
         warn_of_unlisted(tmp_path, [], "judged")
-    with pytest.warns(UserWarning, match=r"^1 file .* was not judged, .*: '6.txt'; "):
-        warn_of_unlisted(tmp_path, [tmp_path / f"{place}.txt" for place in range(6)], "judged")
+    listed = list(tmp_path.glob("0.?x"))
+    with pytest.warns(UserWarning, match=r"^8 files .* not judged, .*: 1 \.jfif \('z\.JFIF'\), 7 \.txt \('0\.txt'\); "):
+        warn_of_unlisted(tmp_path, listed, "judged")
+
+
+def test_late_images_and_our_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    for name in ("late.png", "results/a.png", "results/scores.csv"):
+        (tmp_path / name).touch()
+    words = (
+        rf"^1 of the images in '{tmp_path}' not judged, since they came after it was listed: 'late.png'; run it again"
+    )
+    with pytest.warns(UserWarning, match=words) as given:
+        warn_of_unlisted(tmp_path, [], "judged", tmp_path / "results")
+    assert len(given) == 1
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python lists nothing in it, and says nothing; root may read all, hence the stand-in."""
+    (tmp_path / "secret").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.warns(UserWarning, match=r": 1 folder that may not be read \('secret'\); "):
+        warn_of_unlisted(tmp_path, [], "judged")
 
 
 @pytest.fixture(scope="module")

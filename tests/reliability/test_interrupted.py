@@ -391,18 +391,21 @@ def test_two_predictions_at_once(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_prediction_that_is_stopped_says_what_was_not_judged(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_prediction_that_is_stopped_says_what_was_not_judged(
+    data: Path, tmp_path: Path, number: int, status: int
+) -> None:
     done = run(tmp_path, *training(data, epochs=1))
     assert done.status == 0, done.text
     words = ["predict", "--model", "WTFlow", "--model.image_size", 64, "--ckpt_path", checkpoint(runs(tmp_path)[0])]
     words += ["--data", next(data.rglob("test"))]
-    stop = Fault(f"{OURS}reporting.verdicts:Verdicts._write", 3, signal.SIGINT)
+    stop = Fault(f"{OURS}reporting.verdicts:Verdicts._write", 3, number)
     stopped = run(tmp_path, *words, faults=[stop], log="stopped.txt")
     table = tmp_path / "results" / "WTFlow" / "latest" / "scores.csv"
     with table.open() as file:
         judged = len(list(csv.DictReader(file)))
     assert judged in (3, 4)
     said = f"Stopped after {judged} of 20 images: their verdicts are in {table}, the others were not judged."
-    assert stopped.status == 1
+    assert stopped.status == status
     assert said in stopped.text
     assert "Traceback" not in stopped.text

@@ -1,6 +1,7 @@
 """The table of verdicts, against anomalib's own predictions."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -12,11 +13,12 @@ import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, PredictDataset
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from anomalib_wtflow import WTFlow, WTFlowPostProcessor
 from anomalib_wtflow.products import UNKNOWN, Recognition
 from anomalib_wtflow.reporting.summary import Summary, sentences, show
-from anomalib_wtflow.reporting.verdicts import COLUMNS, Verdicts, read, rows_of, to_json
+from anomalib_wtflow.reporting.verdicts import COLUMNS, Verdicts, locked, read, rows_of, stopped, to_json
 from conftest import quiet_engine
 
 
@@ -200,7 +202,11 @@ def test_a_promise_needs_good_and_defective_images() -> None:
 
 def test_a_file_takes_the_verdicts_of_one_run_at_a_time(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(
-        default_root_dir=tmp_path, global_rank=0, predicting=True, predict_dataloaders=[SimpleNamespace(dataset=[1, 2])]
+        default_root_dir=tmp_path,
+        global_rank=0,
+        world_size=1,
+        predicting=True,
+        predict_dataloaders=[SimpleNamespace(dataset=[1, 2])],
     )
     model = SimpleNamespace(product_names=[""])
     first, second = Verdicts(), Verdicts()
@@ -210,3 +216,43 @@ def test_a_file_takes_the_verdicts_of_one_run_at_a_time(tmp_path: Path) -> None:
     first.on_exception(trainer, model, KeyboardInterrupt())
     second._start(trainer, model)
     second.teardown(trainer, model, "predict")
+
+
+def test_each_process_keeps_its_own_file_to_itself(tmp_path: Path) -> None:
+    """One of a second run would empty what the first run's writes."""
+    model = SimpleNamespace(product_names=[""])
+    trainers: Any = [SimpleNamespace(default_root_dir=tmp_path, global_rank=rank) for rank in (0, 1, 1)]
+    first, second, late = Verdicts(), Verdicts(), Verdicts()
+    first._start(trainers[0], model)
+    second._start(trainers[1], model)
+    with pytest.raises(RuntimeError, match=rf"^Another run is writing its verdicts to {tmp_path}/scores-1.csv: wait"):
+        late._start(trainers[2], model)
+    for each in (first, second):
+        each.teardown(trainers[0], model, "test")
+
+
+def test_a_folder_that_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: it works as before, with a warning."""
+
+    def refused(lock: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("anomalib_wtflow.reporting.verdicts.FileLock.acquire", refused)
+    with pytest.warns(UserWarning, match=r"takes no lock \(\[Errno \d+\] No locks available\): start no second run"):
+        assert locked(tmp_path / "scores.csv") is None
+
+
+def test_what_a_stopped_run_says(tmp_path: Path) -> None:
+    """Loaders need no data set, and data sets no length."""
+
+    def said(*loaders: Any, processes: int = 1) -> str:
+        trainer: Any = SimpleNamespace(predicting=False, test_dataloaders=list(loaders), world_size=processes)
+        return stopped(trainer, 3, tmp_path / "scores.csv")
+
+    rest = f" images: their verdicts are in {tmp_path}/scores.csv, the others were not judged."
+    assert said(DataLoader([1] * 5), DataLoader([1] * 2)) == f"Stopped after 3 of 7{rest}"
+    for unknown in ([1, 2], SimpleNamespace(dataset=iter([1]))):
+        assert said(unknown) == f"Stopped after 3{rest}"
+    assert said([1], processes=2) == (
+        f"Stopped: each process's verdicts are in {tmp_path}, scores*.csv; other images were not judged."
+    )

@@ -9,12 +9,13 @@ from anomalib.data import PredictDataset
 from anomalib.data.utils.image import is_image_file
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from anomalib_wtflow.callers import call_of
 from anomalib_wtflow.reporting.verdicts import datasets
 
 NAMED = 5
-"""Most files that a sentence names."""
+"""Most files, or kinds of them, that a sentence names."""
 USUAL = ("thumbs.db", "desktop.ini")
 """Files that a system leaves in folders, hidden ones aside."""
 
@@ -24,37 +25,56 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-def unlisted(folder: Path, listed: Iterable[str | Path]) -> list[str]:
-    """Name the files at any depth of a folder that are not among those listed, and links to folders, sorted.
+def unlisted(folder: Path, listed: Iterable[str | Path], own: Path | None = None) -> list[Path]:
+    """Find the files at any depth of a folder that are not among those listed, sorted.
 
-    anomalib lists files by their extensions, and follows no link to a folder. Hidden files, and :data:`USUAL` ones, are
-    nobody's images.
+    anomalib lists files by their extensions, and looks in no folder that is a link or may not be read: these are found
+    too. Hidden files, and :data:`USUAL` ones, are nobody's images, nor are those in the folder ``own``.
     """
     root, known = folder.resolve(), {Path(path).absolute() for path in listed}
-    names = []
+    found = []
     for path in root.rglob("*"):
-        below = path.relative_to(root)
-        nobodys = path.name.lower() in USUAL or any(part.startswith(".") for part in below.parts)
-        if (path.is_symlink() or not path.is_dir()) and not nobodys and path not in known:
-            names.append(below.as_posix())
-    return sorted(names)
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        nobodys = hidden or path.name.lower() in USUAL or own in (path, *path.parents)
+        if not nobodys and path not in known and kind_of(path) != "folder":
+            found.append(path)
+    return sorted(found)
 
 
-def warn_of_unlisted(folder: Path, listed: Iterable[str | Path], what: str) -> None:
-    """Say what of a folder is left out, if something is.
+def kind_of(path: Path) -> str:
+    """Say what keeps anomalib from listing a file: its extension, as a rule; ``image`` if nothing does."""
+    if path.is_dir():
+        readable = os.access(path, os.R_OK | os.X_OK)
+        return "link to a folder" if path.is_symlink() else "folder" if readable else "folder that may not be read"
+    return "image" if is_image_file(path) else path.suffix.lower() or "without extension"
+
+
+def warn_of_unlisted(folder: Path, listed: Iterable[str | Path], what: str, own: Path | None = None) -> None:
+    """Say what of a folder is left out, if something is; the rarest kinds first, which notes beside images are not.
 
     Args:
         folder: The folder.
         listed: Its files that are looked at.
         what: What is not done with the others, such as ``judged``.
+        own: A folder of ours, which may be in it.
     """
-    names = unlisted(folder, listed)
-    if names:
-        files, verb = ("files", "were") if len(names) > 1 else ("file", "was")
+    names: dict[str, list[str]] = {}
+    for path in unlisted(folder, listed, own):
+        names.setdefault(kind_of(path), []).append(path.relative_to(folder.resolve()).as_posix())
+    late = names.pop("image", [])
+    if late:
         rank_zero_warn(
-            f"{len(names)} {files} in '{folder}' {verb} not {what}, since anomalib knows images by their extensions "
-            f"and follows no link to a folder: {first_few([repr(name) for name in names])}; convert what shows a part "
-            "to PNG, or put it there."
+            f"{len(late)} of the images in '{folder}' not {what}, since they came after it was listed: "
+            f"{first_few([repr(name) for name in late])}; run it again."
+        )
+    if names:
+        count = sum(map(len, names.values()))
+        kinds = sorted(names, key=lambda kind: (len(names[kind]), kind))
+        rank_zero_warn(
+            f"{count} file{'s' * (count > 1)} in '{folder}' not {what}, since anomalib knows images by their "
+            "extensions, and follows no links to folders: "
+            f"{first_few([f'{len(names[kind])} {kind} ({names[kind][0]!r})' for kind in kinds])}; convert what shows a "
+            "part to PNG, or put it there."
         )
 
 
@@ -82,13 +102,23 @@ def given_to_predict() -> Path | None:
 
 
 class Unjudged(Callback):
-    """Name the files of a folder that were not judged, after the verdicts on the others."""
+    """End a prediction that a machine stops, and name the files of a folder that were not judged."""
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Stop after a SIGTERM, which Lightning looks at in training and in tests alone.
+
+        Raises:
+            SIGTERMException: If there was one.
+        """
+        del args, kwargs
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Look at the folder of each data set once more."""
+        """Look at the folder of each data set once more, after the verdicts."""
         del pl_module
         for dataset in datasets(trainer):
             if isinstance(dataset, PredictDataset):
-                folder = folder_of(dataset.image_filenames)
+                folder, listed = folder_of(dataset.image_filenames), dataset.image_filenames
                 if folder is not None:
-                    warn_of_unlisted(folder, dataset.image_filenames, "judged")
+                    warn_of_unlisted(folder, listed, "judged", Path(trainer.default_root_dir).resolve())

@@ -13,14 +13,14 @@ from typing import Any, TextIO
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from anomalib_wtflow.flow.rows import own
 from anomalib_wtflow.products import UNKNOWN
 from anomalib_wtflow.reporting.summary import HIGHEST, Summary, show
-from anomalib_wtflow.writing import one_sentence_for
+from anomalib_wtflow.writing import one_sentence_for, refusal
 
 NAME = "scores"
 GOOD, ANOMALOUS = "good", "anomalous"
@@ -88,13 +88,11 @@ class Verdicts(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Close the file after a failure; if a person or a machine stopped the run, say what was not judged."""
-        if self._file is not None and isinstance(exception, KeyboardInterrupt | SIGTERMException):
-            asked = sum(map(len, datasets(trainer)))
-            rank_zero_info(
-                f"Stopped after {self._judged} of {asked} images: their verdicts are in {self._file.name}, the others "
-                "were not judged."
-            )
-        self.teardown(trainer, pl_module, "")
+        try:
+            if self._file is not None and isinstance(exception, KeyboardInterrupt | SIGTERMException):
+                rank_zero_info(stopped(trainer, self._judged, Path(self._file.name)))
+        finally:
+            self.teardown(trainer, pl_module, "")
 
     # Files -----------------------------------------------------------------------------------------------------------
 
@@ -107,8 +105,7 @@ class Verdicts(Callback):
         path = self.path(trainer, trainer.global_rank)
         with told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if trainer.global_rank == 0:
-                self._lock = locked(path)
+            self._lock = locked(path)
             path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
             self._file, self._judged = path.open("w", newline="", encoding="utf-8"), 0
             self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
@@ -157,9 +154,19 @@ class Verdicts(Callback):
 
 
 def datasets(trainer: Trainer) -> list[Any]:
-    """Return the data sets that a test or a prediction goes through."""
+    """Return the data sets that a test or a prediction goes through; a loader need not have one."""
     loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
-    return [loader.dataset for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])]
+    found = CombinedLoader(loaders, "sequential").flattened
+    return [loader.dataset for loader in found if hasattr(loader, "dataset")]
+
+
+def stopped(trainer: Trainer, judged: int, path: Path) -> str:
+    """Say what a run that is stopped has judged."""
+    if trainer.world_size > 1:
+        return f"Stopped: each process's verdicts are in {path.parent}, {NAME}*.csv; other images were not judged."
+    lengths = [len(dataset) for dataset in datasets(trainer) if hasattr(dataset, "__len__")]
+    of = f" of {sum(lengths)}" if len(lengths) == len(datasets(trainer)) > 0 else ""
+    return f"Stopped after {judged}{of} images: their verdicts are in {path}, the others were not judged."
 
 
 def told(path: Path) -> AbstractContextManager[None]:
@@ -168,7 +175,7 @@ def told(path: Path) -> AbstractContextManager[None]:
     return one_sentence_for("The verdicts", path, way)
 
 
-def locked(path: Path) -> FileLock:
+def locked(path: Path) -> FileLock | None:
     """Keep other runs from writing to a file until the lock is released, or this process has ended in any way.
 
     Raises:
@@ -183,6 +190,14 @@ def locked(path: Path) -> FileLock:
             "own by --default_root_dir."
         )
         raise RuntimeError(msg) from error
+    except (OSError, NotImplementedError) as error:
+        if refusal(path.parent) is not None:
+            raise
+        rank_zero_warn(
+            f"The folder {path.parent} takes no lock ({error}): start no second run that writes there while this one "
+            "lasts, since rows of both would be mixed."
+        )
+        return None
     return lock
 
 

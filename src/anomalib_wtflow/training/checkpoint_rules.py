@@ -128,7 +128,8 @@ def misshapen(checkpoint: dict[str, Any]) -> list[str]:
     given = {"callbacks": {}, **checkpoint}
     flaws = [f"{name} is no {kind.__name__}" for name, kind in TYPES.items() if not isinstance(given.get(name), kind)]
     state, names = checkpoint["state_dict"], checkpoint[KEY]["products"]
-    if not isinstance(names, list) or len(names) != len(state.get("model.codes", names)):
+    codes = state.get("model.codes")
+    if not isinstance(names, list) or (codes is not None and (codes.ndim == 0 or len(names) != len(codes))):
         flaws.append("its products are not those of its weights")
     scores, shown = (state.get(name, torch.empty(0)) for name in (SCORES, SHOWN))
     if scores.ndim != 1 or scores.shape != shown.shape:
@@ -136,7 +137,7 @@ def misshapen(checkpoint: dict[str, Any]) -> list[str]:
     return flaws
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], version: Any, file: str) -> None:
+def load_state(module: nn.Module, state: Mapping[str, Tensor], version: Any, file: str, strict: bool = True) -> None:
     """Load a state dict.
 
     Args:
@@ -144,16 +145,23 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], version: Any, fil
         state: Tensors by name.
         version: Of the package that wrote it.
         file: What the message calls its checkpoint.
+        strict: Whether all tensors must be there, and no others.
 
     Raises:
         ValueError: If a tensor is missing, superfluous or of another shape, as in a version with other layers.
     """
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, strict=strict)
     except RuntimeError as error:
         ours = module.state_dict()
         other = [name for name in {**ours, **state} if name not in ours or name not in state]
         other += [name for name in ours if name in state and ours[name].shape != state[name].shape]
+        if other and all(name.startswith(POST) and name not in ours for name in other):
+            msg = (
+                f"{file} has tensors of another post-processor than the model's ({other[0]}): give the model the one "
+                "that it was trained with."
+            )
+            raise ValueError(msg) from error
         msg = (
             f"{file} has tensors of other names or shapes than the model ({', '.join(other[:1])}), so another version "
             f"of WTFlow ({version}) wrote it, or it is damaged: train the model again."

@@ -84,13 +84,14 @@ class Checkpoints:
             self.post_processor = PostProcessor()
         said = checkpoint[checkpoint_rules.KEY]
         self.product_names, images = said["products"], said.get("images")
-        self.trained_on = images if isinstance(images, Tensor) else None
+        self.trained_on = images if isinstance(images, Tensor) and images.ndim == 1 else None
         self.trained_steps, self.trained_epochs = checkpoint.get("global_step", 0), checkpoint.get("epoch", 0) + 1
         self._forget_copy(checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         # Lightning loads them after this, and would end with torch's words.
         version = checkpoint[checkpoint_rules.KEY].get("version")
-        checkpoint_rules.load_state(self, checkpoint["state_dict"], version, file)  # type: ignore[arg-type]
+        strict = self.strict_loading  # type: ignore[attr-defined]
+        checkpoint_rules.load_state(self, checkpoint["state_dict"], version, file, strict)  # type: ignore[arg-type]
 
     def _forget_copy(self, checkpoint: dict[str, Any]) -> None:
         """Drop the thresholds' copy: a post-processor is a callback too, whose state Lightning writes and restores."""

@@ -77,14 +77,15 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         replace_whole(path, content)
 
 
-def newest_checkpoint(trainer: Trainer) -> Path | None:
+def newest_checkpoint(trainer: Trainer) -> Any:
     """Find the newest file from which a training can go on: of those that it wrote, or the one that it began with."""
     paths = [trainer.ckpt_path]
     for writer in trainer.checkpoint_callbacks:
         if isinstance(writer, ModelCheckpoint) and not writer.save_weights_only:
             paths += [writer.best_model_path, writer.last_model_path, *writer.best_k_models]
     files = [Path(path) for path in paths if path and Path(path).exists()]
-    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+    remote = [path for path in paths if path and "://" in str(path)]  # nobody knows when that was written
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=remote[-1] if remote else None)
 
 
 class Resuming(Callback):
@@ -114,10 +115,10 @@ class Resuming(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Say where the last checkpoint is, if a person or a machine stopped the training."""
         del pl_module
+        if isinstance(exception, SIGTERMException):  # Lightning would end with 0, as if all had ended well
+            exception.code = 128 + signal.SIGTERM
         if trainer.state.fn != TrainerFn.FITTING or not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             return
         saved = newest_checkpoint(trainer)
         way = f"give the same command --ckpt_path {saved} to go on" if saved else "there is no checkpoint to go on from"
         rank_zero_info(f"Stopped in epoch {trainer.current_epoch}: {way}.")
-        if isinstance(exception, SIGTERMException):  # Lightning would end with 0, as if the training had ended well
-            exception.code = 128 + signal.SIGTERM
