@@ -1,7 +1,6 @@
 """Exports: what anomalib's leave to a model."""
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
@@ -46,9 +45,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def told(export: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """Say that the root folder among an export's arguments takes no file."""
     root = Path(signature(export).bind_partial(*args, **kwargs).arguments.get("export_root", "."))
-    way = "make room there, or give --export_root another folder; what is there of this export is not whole"
-    if Path(tempfile.gettempdir()) in root.absolute().parents:  # of the ONNX file that OpenVINO's is made from
-        way = f"make room there, or set TMPDIR to another folder; or {way.removeprefix('make room there, or ')}"
+    way = (
+        "make room there, or give --export_root another folder (TMPDIR, if this is a temporary one); what is there of "
+        "this export is not whole"
+    )
     return one_sentence_for("The export", root, way)
 
 

@@ -53,7 +53,7 @@ class SameData(Callback):
     """Have a checkpoint know its training images, and warn if its training goes on with others."""
 
     def __init__(self) -> None:
-        self._paths: list[str] | None = None
+        self._paths: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """List the training images, those for the threshold included, before others take them out."""
@@ -61,12 +61,9 @@ class SameData(Callback):
         if stage == "fit":
             self._paths = image_paths(getattr(getattr(trainer, "datamodule", None), "train_data", None), masks=False)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Once, compare them with those of the checkpoint, which nothing has refused by now, and take their place."""
-        if self._paths is None:
-            return
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compare them with those of the checkpoint, which has been read by now, and take their place."""
         marks = marks_of(self._paths) if self._paths else None
-        self._paths = None
         if trainer.ckpt_path is not None and marks is not None and pl_module.trained_on is not None:
             text = difference(pl_module.trained_on, marks)
             if text:
