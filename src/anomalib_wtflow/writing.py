@@ -28,12 +28,25 @@ def one_sentence_for(what: str, place: Path, way: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number in FULL else refusal(place)
+        reason = said(error, place) or refusal(place)
         if reason is None:
             raise
         msg = f"{what} cannot be written to {place} ({reason}): {way}."
         raise RuntimeError(msg) from error
+
+
+def said(error: Exception, place: Path) -> str | None:
+    """Return the reason that an error gives, if it is of writing: by what it is, or by a file that it names.
+
+    That is the place, one beside or below it, or a folder that it is in; an image that is read lies elsewhere.
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    ours = error.errno in FULL
+    if error.filename is not None:
+        place, named = place.absolute(), Path(os.fsdecode(error.filename)).absolute()
+        ours = ours or named in (place, *place.parents) or place.parent in named.parents
+    return os.strerror(error.errno) if ours else None
 
 
 def refusal(place: Path) -> str | None:

@@ -147,6 +147,25 @@ def test_no_room_for_a_calibrated_checkpoint(trained: SimpleNamespace, tmp_path:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_place_that_is_no_file_or_no_folder(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """There is room, but not there; an image that is read from elsewhere is another matter."""
+    model, _, _ = load_model(trained.checkpoint)
+    words = rf"^The checkpoint cannot be written to {tmp_path} \(Is a directory\): make room there, or give --output"
+    with pytest.raises(RuntimeError, match=words):
+        save(trained.checkpoint, tmp_path, model)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RuntimeError, match=rf"^A checkpoint cannot be written to {tmp_path}/file \(File exists\): make"
+    ):
+        write_whole(tmp_path / "file" / "model.ckpt", b"")
+    image = tmp_path / "parts" / "a.png"
+    with (
+        pytest.raises(FileNotFoundError),
+        one_sentence_for("The pictures", tmp_path / "results" / "latest" / "images", "do without"),
+    ):
+        image.read_bytes()
+
+
 class Filling(WTFlow):
     """Meets a full disk in its second epoch."""
 

@@ -153,19 +153,22 @@ class Verdicts(Callback):
                 whole.write(text.partition(b"\n")[2])
 
 
+def datasets_of(loaders: Any) -> list[Any]:
+    """Return the data sets of a loader, or of several in a list or dict; None for a loader without one."""
+    return [getattr(loader, "dataset", None) for loader in CombinedLoader(loaders, "sequential").flattened]
+
+
 def datasets(trainer: Trainer) -> list[Any]:
-    """Return the data sets that a test or a prediction goes through; a loader need not have one."""
-    loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
-    found = CombinedLoader(loaders, "sequential").flattened
-    return [loader.dataset for loader in found if hasattr(loader, "dataset")]
+    """Return the data sets that a test or a prediction goes through, as :func:`datasets_of`."""
+    return datasets_of(trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders)
 
 
 def stopped(trainer: Trainer, judged: int, path: Path) -> str:
     """Say what a run that is stopped has judged."""
     if trainer.world_size > 1:
         return f"Stopped: each process's verdicts are in {path.parent}, {NAME}*.csv; other images were not judged."
-    lengths = [len(dataset) for dataset in datasets(trainer) if hasattr(dataset, "__len__")]
-    of = f" of {sum(lengths)}" if len(lengths) == len(datasets(trainer)) > 0 else ""
+    asked = datasets(trainer)
+    of = f" of {sum(map(len, asked))}" if asked and all(hasattr(each, "__len__") for each in asked) else ""
     return f"Stopped after {judged}{of} images: their verdicts are in {path}, the others were not judged."
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
+from anomalib_wtflow.reporting.verdicts import datasets_of
 from anomalib_wtflow.training.data_errors import explained
 
 NOT_IMAGES = (".npy", ".mp4", ".avi")
@@ -141,7 +142,4 @@ class ImageCheck(Callback):
             if hasattr(datamodule, name):
                 yield getattr(datamodule, name)
         for name in LOADERS[run]:
-            loaders: Any = getattr(trainer, name, None)
-            for loader in loaders if isinstance(loaders, list) else [loaders]:
-                if hasattr(loader, "dataset"):
-                    yield loader.dataset
+            yield from datasets_of(getattr(trainer, name, None))

@@ -77,7 +77,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         replace_whole(path, content)
 
 
-def newest_checkpoint(trainer: Trainer) -> Any:
+def newest_checkpoint(trainer: Trainer) -> Path | str | None:
     """Find the newest file from which a training can go on: of those that it wrote, or the one that it began with."""
     paths = [trainer.ckpt_path]
     for writer in trainer.checkpoint_callbacks:
