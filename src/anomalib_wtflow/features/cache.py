@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
+from anomalib_wtflow.features.memory import available_memory
+
 DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.ToDtype, v2.ToImage, v2.Grayscale, v2.Identity)
 """Transforms that give the same image each time."""
 
@@ -32,15 +34,6 @@ def is_deterministic(transform: Any) -> bool:
     if isinstance(transform, nn.Sequential):
         return all(is_deterministic(part) for part in transform)
     return type(transform) in DETERMINISTIC
-
-
-def available_memory() -> float:
-    """Return how many bytes the machine can still give without swapping; infinity where it does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class Share:
 class FeatureStore:
     """Rows for ``count`` images: in memory up to a budget, in a memory-mapped temporary file beyond it or if shared.
 
-    So are those that would take more than half of the memory that the machine has left.
+    So are those that would take more than half of the memory that is left (:mod:`anomalib_wtflow.features.memory`).
 
     Args:
         count: Number of images.
