@@ -313,7 +313,8 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     from anomalib_wtflow.diagnosis.report import write_report
 
     (tmp_path / "page").write_text("")
-    with pytest.raises(ValueError, match=r"Nothing can be written to '.*page' .*: give another folder as --output"):
+    sentence = r"^The diagnosis cannot be written to .*page \(File exists\): .* folder as --output\.$"
+    with pytest.raises(RuntimeError, match=sentence):
         write_report(tmp_path / "page", "t", "s", [], {})
     with pytest.raises(ValueError, match="Out of range float"):
         write_report(tmp_path / "new", "t", "s", [], {"x": float("nan")})

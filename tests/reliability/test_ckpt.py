@@ -181,6 +181,10 @@ FORMS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no_hyper_parameters": (lambda each: without(each, "hyper_parameters"), "hyper_parameters is no dict"),
     "callbacks": (lambda each: each.update(callbacks=[1]), "callbacks is no dict"),
     "epoch": (lambda each: each.update(epoch="last"), "epoch is no int"),
+    "version": (
+        lambda each: each.update({"pytorch-lightning_version": "new"}),
+        "pytorch-lightning_version is no version",
+    ),
     "products": (lambda each: each["wtflow"].update(products=["a", "b"]), "its products are not those of its weights"),
     "codes": (lambda each: reshape(each, "model.codes"), "its products are not those of its weights"),
     "scores": (

@@ -63,8 +63,8 @@ def diagnose(
 
     Raises:
         FileNotFoundError: If the checkpoint or the data is not there.
-        ValueError: If the checkpoint is not a WTFlow model's, an image cannot be read, the output cannot be written, or
-            an argument is out of range.
+        ValueError: If the checkpoint is not a WTFlow model's, an image cannot be read, or an argument is out of range.
+        RuntimeError: If the output cannot be written.
     """
     _check(flow_images, control_steps, log_density)
     show = Progress(progress)

@@ -3,19 +3,21 @@
 import base64
 import io
 import json
-import tempfile
 import warnings
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryFile
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from anomalib_wtflow.writing import one_sentence_for
 
+WHAT, WAY = "The diagnosis", "make room there, or give another folder as --output"
+"""What is written, and what to do if it cannot be, as :func:`anomalib_wtflow.writing.one_sentence_for` says it."""
 Section = tuple[str, Figure, str, str]
 """File name of the figure, the figure, its title and its explanation."""
 
@@ -24,15 +26,12 @@ def make_folder(output: Path) -> None:
     """Make the output folder, before the work whose result goes there.
 
     Raises:
-        ValueError: If it is a file, or cannot be made or written to.
+        RuntimeError: If it is a file, or cannot be made or written to.
     """
-    try:
+    with one_sentence_for(WHAT, output, WAY):
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
+        with TemporaryFile(dir=output):
             pass
-    except OSError as error:
-        msg = f"Nothing can be written to '{output}' ({error.strerror}): give another folder as --output."
-        raise ValueError(msg) from error
 
 
 def _rounded(value: Any) -> Any:
@@ -62,7 +61,7 @@ def put(file: Path, content: bytes) -> None:
     Raises:
         RuntimeError: If the disk is full or the folder cannot be written to.
     """
-    with one_sentence_for("The diagnosis", file, "make room there, or give another folder as --output"):
+    with one_sentence_for(WHAT, file, WAY):
         file.write_bytes(content)
 
 
@@ -111,8 +110,8 @@ def write_report(
         Path of the page.
 
     Raises:
-        ValueError: If a number is NaN or infinite, or the folder cannot be written to.
-        RuntimeError: If the disk is full.
+        ValueError: If a number is NaN or infinite.
+        RuntimeError: If the disk is full or the folder cannot be written to.
     """
     text = json.dumps(_rounded(numbers), allow_nan=False)
     make_folder(output)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch.utilities import rank_zero_warn
+from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from anomalib_wtflow.settings import Settings, declared, option
@@ -127,6 +128,8 @@ def misshapen(checkpoint: dict[str, Any]) -> list[str]:
     """Say what in a checkpoint is of another type or shape than whatever the settings it would be."""
     given = {"callbacks": {}, **checkpoint}
     flaws = [f"{name} is no {kind.__name__}" for name, kind in TYPES.items() if not isinstance(given.get(name), kind)]
+    if not is_version(given["pytorch-lightning_version"]):
+        flaws.append("pytorch-lightning_version is no version")
     state, names = checkpoint["state_dict"], checkpoint[KEY]["products"]
     codes = state.get("model.codes")
     if not isinstance(names, list) or (codes is not None and (codes.ndim == 0 or len(names) != len(codes))):
@@ -135,6 +138,15 @@ def misshapen(checkpoint: dict[str, Any]) -> list[str]:
     if scores.ndim != 1 or scores.shape != shown.shape:
         flaws.append(f"{SCORES} has another shape than its products")
     return flaws
+
+
+def is_version(text: Any) -> bool:
+    """Whether Lightning, which compares its version with that in a checkpoint, can read one."""
+    try:
+        Version(text)
+    except (InvalidVersion, TypeError):
+        return False
+    return True
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], version: Any, file: str, strict: bool = True) -> None:
