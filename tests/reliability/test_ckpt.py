@@ -508,7 +508,14 @@ def test_the_command_shows_our_errors_without_a_traceback(
     sys.excepthook(type(anomalibs), anomalibs, anomalibs.__traceback__)
     assert capsys.readouterr().err == f"error: Path does not exist: {bad / 'nowhere'}\n"
     assert shown == []
+    (bad / "empty").touch()
+    systems = caught(lambda: (bad / "empty" / "below").touch())  # of a place, whoever asked
+    sys.excepthook(type(systems), systems, systems.__traceback__)
+    sentence = f"'{bad / 'empty' / 'below'}' cannot be used (Not a directory): see to that, or give another place."
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+    assert shown == []
     others = [
+        caught(lambda: (bad / "nowhere").read_text()),
         caught(lambda: checkpoint_rules.load(bad / "text.ckpt")),
         caught(lambda: WTFlow(**SMALL).model.field.load_state_dict({})),
         caught(lambda: [][1]),

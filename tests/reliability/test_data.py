@@ -1,7 +1,6 @@
 """Data sets that a factory can have: few images, odd folders, one-sided validation and test sets."""
 
 import math
-import os
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -405,13 +404,6 @@ def test_linked_images_and_folders(copy: Path, small: SimpleNamespace, tmp_path:
     metrics_of(data, small, tmp_path)
     rows = {Path(row["image_path"]).name: row for row in read(next((tmp_path / "results").rglob("scores.csv")))}
     assert rows["linked.png"]["raw_score"] == rows["000.png"]["raw_score"] or len(data.test_data) == 13
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_data(copy: Path, tmp_path: Path) -> None:
-    for path in [*copy.rglob("*"), copy]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    fit(folder(copy), tmp_path)
 
 
 def test_nothing_is_written_beside_the_data(copy: Path, small: SimpleNamespace, tmp_path: Path) -> None:

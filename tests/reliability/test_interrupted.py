@@ -381,7 +381,7 @@ def test_two_predictions_at_once(data: Path, tmp_path: Path) -> None:
     assert first.end().status == 0
     assert second.status == 1
     table = tmp_path / "results" / "WTFlow" / "latest" / "scores.csv"
-    assert f"RuntimeError: Another run is writing its verdicts to {table}: wait" in second.text.splitlines()[-1]
+    assert f"error: Another run is writing its verdicts to {table}: wait" in second.text.splitlines()[-1]
     assert apart.status == 0, apart.text
     paths = sorted(map(str, images.rglob("*.png")))
     for each in (table, next((tmp_path / "other").rglob("scores.csv"))):

@@ -9,7 +9,7 @@ from anomalib.data import Folder
 from PIL import Image
 
 from anomalib_wtflow import SyntheticParts, WTFlow
-from anomalib_wtflow.training.image_check import is_readable
+from anomalib_wtflow.training.image_check import flaw
 from conftest import quiet_engine
 
 
@@ -52,8 +52,8 @@ def test_truncated(folder: Path, tmp_path: Path) -> None:
     """The header is whole, so that it shows up only when it is decoded; the message still names the file."""
     victim = folder / "train/good/005.png"
     victim.write_bytes(victim.read_bytes()[:2000])
-    assert is_readable(str(victim), decode=False)
-    assert not is_readable(str(victim), decode=True)
+    assert flaw(str(victim), decode=False) is None
+    assert flaw(str(victim), decode=True) == ""
     with pytest.raises(ValueError, match=r"The image '.*005.png' cannot be read"):
         fit(folder, tmp_path)
 

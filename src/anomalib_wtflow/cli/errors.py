@@ -1,9 +1,12 @@
 """Errors of this package, as the command line should show them: one sentence."""
 
 import dis
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +14,8 @@ from anomalib_wtflow.cli.quiet import under_command
 
 SAID = (ValueError, RuntimeError, OSError)
 """Types of the errors that this package raises with a sentence."""
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""Errors of a system that forbids something, to a user or on a disk that is read-only, or finds a file on the way."""
 PATHS = ("anomalib.data.utils.path", "anomalib.data.utils.image")
 """Where anomalib says in a sentence that a path is missing, empty or of characters that it does not read."""
 
@@ -28,7 +33,7 @@ def one_sentence() -> Iterator[None]:
         yield
     except SAID as error:
         if _under_command_line():
-            raise SystemExit(f"error: {error}") from error
+            raise SystemExit(f"error: {sentence_of(error) or error}") from error
         raise
 
 
@@ -44,8 +49,9 @@ def _under_command_line() -> bool:
 def plain_errors() -> None:
     """Let the command ``anomalib`` end with the sentence of an error of ours, without 100 to 400 lines of traceback.
 
-    So it does with anomalib's own sentence of a path, which it says before it asks the model. Any other error, one of
-    torch's in our lines too, keeps what was to be shown of it; so does every Python program.
+    So it does with anomalib's own sentence of a path, which it says before it asks the model, and with a system's error
+    of a place that cannot be used (:func:`sentence_of`). Any other error, one of torch's in our lines too, keeps what
+    was to be shown of it; so does every Python program.
     """
     if under_command() and not isinstance(sys.excepthook, _Plain):
         sys.excepthook = _Plain(sys.excepthook)
@@ -58,10 +64,11 @@ class _Plain:
         self.before = before
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if is_sentence(error):
-            sys.stderr.write(f"error: {error}\n")
-        else:
+        sentence = sentence_of(error)
+        if sentence is None:
             self.before(kind, error, trace)
+        else:
+            sys.stderr.write(f"error: {sentence}\n")
 
 
 def raised_here(trace: TracebackType | None) -> bool:
@@ -80,6 +87,15 @@ def _raised_in(trace: TracebackType | None, modules: Sequence[str]) -> bool:
     return inside and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
-def is_sentence(error: BaseException) -> bool:
-    """Whether an error's text says all that a user needs: it is ours, or anomalib's of a path that it was given."""
-    return isinstance(error, SAID) and _raised_in(error.__traceback__, ("anomalib_wtflow", *PATHS))
+def sentence_of(error: BaseException) -> str | None:
+    """Return the sentence that says all that a user needs of an error, if there is one.
+
+    Its text, if it is ours, or anomalib's of a path that it was given; or which place cannot be used and why, if
+    a system says that, whoever asked.
+    """
+    if isinstance(error, SAID) and _raised_in(error.__traceback__, ("anomalib_wtflow", *PATHS)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        place = Path(os.fsdecode(error.filename)).absolute()
+        return f"'{place}' cannot be used ({error.strerror}): see to that, or give another place."
+    return None

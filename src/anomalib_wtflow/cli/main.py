@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from anomalib_wtflow.cli.errors import SAID, is_sentence
+from anomalib_wtflow.cli.errors import SAID, sentence_of
 from anomalib_wtflow.cli.quiet import quiet_warnings
 
 
@@ -53,9 +53,10 @@ def _run(command: Callable[[], str]) -> None:
     try:
         text = command()
     except SAID as error:
-        if not is_sentence(error):
+        sentence = sentence_of(error)
+        if sentence is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence}")
     sys.stdout.write(f"{text}\n")
 
 

@@ -32,17 +32,22 @@ def image_paths(dataset: Any, masks: bool = True) -> list[str]:
     return [path for column in columns for path in column if isinstance(path, str) and path]
 
 
-def is_readable(path: str, decode: bool) -> bool:
-    """Whether an image file opens, and with ``decode`` also whether all of it decodes."""
+def flaw(path: str, decode: bool) -> str | None:
+    """Say why an image file does not open or, with ``decode``, not all of it decodes; None if it does.
+
+    The reason is the system's, such as that permission was denied; empty where the file is at fault.
+    """
     if Path(path).suffix.lower() in NOT_IMAGES:
-        return Path(path).is_file()
+        return None if Path(path).is_file() else ""
     try:
         with Image.open(path) as image:
             if decode:
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-    return True
+    except OSError as error:
+        return error.strerror or ""
+    except (SyntaxError, ValueError, Image.DecompressionBombError):
+        return ""
+    return None
 
 
 def named(paths: list[str]) -> str:
@@ -58,9 +63,12 @@ def raise_for_unreadable(datasets: Iterable[Any], decode: bool, cause: BaseExcep
         ValueError: If there is one.
     """
     paths = sorted({path for dataset in datasets for path in image_paths(dataset)})
-    broken = [path for path in paths if not is_readable(path, decode)]
-    if broken:
-        msg = f"{named(broken)} cannot be read: remove it or replace it by a whole file, and run again."
+    flaws = {path: reason for path in paths if (reason := flaw(path, decode)) is not None}
+    if flaws:
+        reason = next(iter(flaws.values()))
+        cannot = f"cannot be read ({reason})" if reason else "cannot be read"
+        way = "see to that or remove it" if reason else "remove it or replace it by a whole file"
+        msg = f"{named(list(flaws))} {cannot}: {way}, and run again."
         raise ValueError(msg) from cause
 
 
@@ -73,7 +81,7 @@ def raise_for_deep(datasets: Iterable[Any]) -> None:
     paths = {path for dataset in datasets for path in image_paths(dataset, masks=False)}
     deep: dict[str, str] = {}
     for path in sorted(paths):
-        if Path(path).suffix.lower() not in NOT_IMAGES and is_readable(path, decode=False):
+        if Path(path).suffix.lower() not in NOT_IMAGES and flaw(path, decode=False) is None:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
                     deep[path] = image.mode
