@@ -8,6 +8,7 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from anomalib_wtflow.flow.finite import broken, finite
@@ -115,6 +116,7 @@ class WTFlowPostProcessor(PostProcessor):
 
     def __init__(self, false_alarm_rate: float | None = Settings.false_alarm_rate, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.given = {name: kwargs[name] for name in super()._checkpoint_config_keys if name in kwargs}
         check("false_alarm_rate", false_alarm_rate)
         self.false_alarm_rate = false_alarm_rate
         for name in self.per_product:
@@ -125,6 +127,16 @@ class WTFlowPostProcessor(PostProcessor):
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "false_alarm_rate")
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take a checkpoint's options, but for those that this post-processor was built with: they stay, and say so.
+
+        anomalib's takes all, so that a sensitivity given to ``predict`` would change nothing.
+        """
+        for name, value in self.given.items():
+            if name in config and config[name] != value:
+                rank_zero_info(f"{name}={value}, given here, is in force instead of the checkpoint's {config[name]}.")
+        super().load_checkpoint_config({**config, **self.given})
 
     @property
     def image_threshold(self) -> Tensor:

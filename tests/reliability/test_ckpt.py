@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import PredictDataset
+from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models import Padim
@@ -231,12 +232,51 @@ def test_a_part_of_another_type_or_shape_is_named(forms: Path, kind: str) -> Non
     assert errors.raised_here(error.value.__traceback__)
 
 
-def test_another_post_processor_is_no_other_version(trained: SimpleNamespace) -> None:
+@pytest.mark.parametrize("given", [False, PostProcessor()])
+def test_another_post_processor_is_no_other_version(trained: SimpleNamespace, given: Any) -> None:
     words = (
         r" has tensors of another post-processor than the model's \(post_processor\.\S+\): give the model the one that"
     )
     with pytest.raises(ValueError, match=words):
-        WTFlow.load_from_checkpoint(trained.checkpoint, post_processor=False)
+        WTFlow.load_from_checkpoint(trained.checkpoint, post_processor=given)
+
+
+def test_no_pre_processor_where_there_was_one_is_refused(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """Images as they are would get the scores of others; anomalib's own models go on without a word."""
+    words = rf"^'{trained.checkpoint}' was trained with a pre-processor, and this model has none: leave out pre_proc"
+    with pytest.raises(ValueError, match=words):
+        quiet_engine(tmp_path).validate(
+            WTFlow(**SMALL, pre_processor=False), datamodule=trained.parts, ckpt_path=trained.checkpoint
+        )
+
+
+def test_a_side_is_that_of_a_square(trained: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoint = checkpoint_rules.read(trained.checkpoint)
+    settings = WTFlow(**{**SMALL, "image_size": (128, 128)}).settings
+    checkpoint_rules.raise_for_other(checkpoint, settings, resuming=False)
+    with pytest.raises(ValueError, match=r"was trained with image_size=128 \(here \[128, 64\]\): give"):
+        checkpoint_rules.raise_for_other(checkpoint, replace(settings, image_size=(128, 64)), resuming=False)
+
+
+@pytest.mark.parametrize("post_processor", [True, PostProcessor()])
+def test_anomalibs_threshold_without_masks_is_read_again(
+    trained: SimpleNamespace, tmp_path: Path, post_processor: Any
+) -> None:
+    """anomalib then sets the range of the maps, and no threshold for them."""
+    data = Folder("parts", "train/good", trained.parts.root, "test/scratch", "test/good", num_workers=0, seed=0)
+    model = WTFlow(**SMALL, max_epochs=1, false_alarm_rate=None, post_processor=post_processor)
+    engine = quiet_engine(tmp_path)
+    engine.fit(model, datamodule=data)
+    state = torch.load(engine.best_model_path, weights_only=True)["state_dict"]
+    assert state["post_processor._pixel_threshold"].isnan()
+    assert state["post_processor.pixel_max"].isfinite()
+    loaded = WTFlow.load_from_checkpoint(engine.best_model_path)
+    for name in ("_image_threshold", "image_min", "pixel_max"):
+        assert getattr(loaded.post_processor, name) == state[f"post_processor.{name}"]
+    (metrics,) = engine.test(
+        WTFlow(**SMALL, false_alarm_rate=None), datamodule=data, ckpt_path=engine.best_model_path, verbose=False
+    )
+    assert 0 <= metrics["image_AUROC"] <= 1
 
 
 def test_numpys_numbers_among_the_settings_are_read_alike(trained: SimpleNamespace, tmp_path: Path) -> None:
@@ -352,6 +392,8 @@ def test_thresholds_that_were_never_set_are_not_broken(tmp_path: Path) -> None:
     ("post_processor", "given", "broken"),
     [
         (True, {"_image_threshold": 1.0, "image_min": 0.0, "image_max": 2.0}, []),  # no masks
+        (True, {"_image_threshold": 1.0, "image_min": 0.0, "image_max": 2.0, "pixel_min": 0.0, "pixel_max": 1.0}, []),
+        (True, {"_image_threshold": 1.0, "image_min": 0.0, "image_max": 2.0, "pixel_min": 0.0}, ["pixel_max"]),
         (True, {}, []),  # not validated yet
         (True, {"_image_threshold": 1.0, "image_max": 2.0}, ["image_min"]),  # scores would stay as they are
         (True, {"image_min": 0.0, "image_max": 2.0}, ["_image_threshold"]),  # the pixels' would label images

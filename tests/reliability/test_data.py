@@ -603,6 +603,22 @@ def test_another_sensitivity_moves_the_threshold_that_is_written_and_the_promise
     assert ("promised." in out) == promised
 
 
+def test_a_sensitivity_that_is_given_to_a_trained_model_is_in_force(
+    small: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """anomalib alone takes the checkpoint's 0.5, and parts that were to be anomalous are good."""
+    given = model(post_processor=WTFlowPostProcessor(0.2, image_sensitivity=0.8))
+    data = folder(small.root, val_split_mode="same_as_test")
+    with caplog.at_level("INFO"):
+        quiet_engine(tmp_path).test(given, datamodule=data, ckpt_path=small.checkpoint, verbose=False)
+    said = "image_sensitivity=0.8, given here, is in force instead of the checkpoint's 0.5."
+    assert [record.message for record in caplog.records].count(said) == 1
+    limit = float(given.post_processor.image_threshold) * 0.2 / 0.8
+    rows = list(read(next(tmp_path.rglob("scores.csv"))))
+    assert [row["pred_label"] == "anomalous" for row in rows] == [row["raw_score"] > limit for row in rows]
+    assert WTFlow.load_from_checkpoint(small.checkpoint).post_processor.image_sensitivity == 0.5
+
+
 def test_training_with_a_high_sensitivity_promises_nothing(
     copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

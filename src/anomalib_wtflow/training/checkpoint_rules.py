@@ -168,7 +168,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], version: Any, fil
         ours = module.state_dict()
         other = [name for name in {**ours, **state} if name not in ours or name not in state]
         other += [name for name in ours if name in state and ours[name].shape != state[name].shape]
-        if other and all(name.startswith(POST) and name not in ours for name in other):
+        if all(name.startswith(POST) for name in other) and any(name not in ours for name in other):
             msg = (
                 f"{file} has tensors of another post-processor than the model's ({other[0]}): give the model the one "
                 "that it was trained with."
@@ -199,17 +199,24 @@ def broken_values(checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _set_together(checkpoint: dict[str, Any]) -> list[str]:
-    """Name what labels scores, of which all or none is set."""
+    """Name what labels scores, of which all or none is set; for pixels, where some of it is set."""
     state, config = checkpoint["state_dict"], checkpoint.get("anomalib_post_processor_config") or {}
     if f"{POST}{RATE}" in state and checkpoint[KEY]["settings"]["false_alarm_rate"] is not None:
-        levels = [["_image_threshold", "_pixel_threshold", RATE]]
+        parts = [["_image_threshold", "_pixel_threshold", RATE]]
     else:
-        parts = ["_{}_threshold"] if config.get("enable_thresholding", True) else []
-        parts += ["{}_min", "{}_max"] if config.get("enable_normalization", True) else []
-        levels = [[part.format(level) for part in parts] for level in ("image", "pixel")]
-    image, *pixel = ([f"{POST}{name}" for name in level if f"{POST}{name}" in state] for level in levels)
-    # Without masks anomalib sets nothing for pixels.
-    return image + [name for level in pixel if not all(state[name].isnan().all() for name in level) for name in level]
+        limits, ranges = ["_{}_threshold"], ["{}_min", "{}_max"]
+        kinds = [limits] if config.get("enable_thresholding", True) else []
+        kinds += [ranges] if config.get("enable_normalization", True) else []
+        image = [name.format("image") for kind in kinds for name in kind]
+        # Without masks anomalib sets no threshold for pixels, but their range.
+        parts = [image, *([name.format("pixel") for name in kind] for kind in kinds)]
+    first, *others = ([f"{POST}{name}" for name in part if f"{POST}{name}" in state] for part in parts)
+    return first + [name for part in others if not all(state[name].isnan().all() for name in part) for name in part]
+
+
+def _sides(value: Any) -> Any:
+    """Height and width for one side: an image size of 64 is one of [64, 64]."""
+    return [value, value] if isinstance(value, int) else value
 
 
 def raise_for_other(
@@ -228,7 +235,7 @@ def raise_for_other(
     """
     theirs, ours = checkpoint[KEY]["settings"], settings.plain()
     names = [name for name, each in declared().items() if each.metadata["scores"] or (resuming and name in RESUME)]
-    differing = [name for name in names if theirs.get(name) != ours[name]]
+    differing = [name for name in names if _sides(theirs.get(name)) != _sides(ours[name])]
     if differing:
         text = ", ".join(f"{name}={theirs.get(name)!r} (here {ours[name]!r})" for name in differing)
         msg = f"{file} was trained with {text}: give the model the same, as {option(differing[0])}."

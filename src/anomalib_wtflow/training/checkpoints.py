@@ -30,6 +30,7 @@ class Checkpoints:
 
     settings: Settings
     model: Any
+    pre_processor: nn.Module | None
     post_processor: nn.Module | None
     product_names: Sequence[str]
     trained_steps: int = 0
@@ -67,7 +68,8 @@ class Checkpoints:
         """Refuse a checkpoint of another model; take over which post-processor it was trained with.
 
         Raises:
-            ValueError: If another version or another model wrote it, it is broken, or its settings are others.
+            ValueError: If another version or another model wrote it, it is broken, its settings are others, or it was
+                trained with a pre-processor and the model has none.
         """
         fn = None if self._trainer is None else self.trainer.state.fn
         if fn == TrainerFn.TESTING and at_the_end_of_a_training():
@@ -79,9 +81,12 @@ class Checkpoints:
         file = "The checkpoint" if path is None else f"'{path}'"
         checkpoint_rules.raise_for_content(checkpoint, file)  # again for what was not read from a file of this machine
         checkpoint_rules.raise_for_other(checkpoint, self._settings_in_force, fn == TrainerFn.FITTING, file)
+        if self.pre_processor is None and checkpoint.get("anomalib_components_enabled", {}).get("pre_processor"):
+            msg = f"{file} was trained with a pre-processor, and this model has none: leave out pre_processor=False."
+            raise ValueError(msg)
         trained_with_ours = "post_processor.effective_false_alarm_rate" in checkpoint.get("state_dict", {})
         if isinstance(self.post_processor, WTFlowPostProcessor) and not trained_with_ours:
-            self.post_processor = PostProcessor()
+            self._replace_post_processor(PostProcessor())
         said = checkpoint[checkpoint_rules.KEY]
         self.product_names, images = said["products"], said.get("images")
         self.trained_on = images if isinstance(images, Tensor) and images.ndim == 1 else None
@@ -92,6 +97,14 @@ class Checkpoints:
         version = checkpoint[checkpoint_rules.KEY].get("version")
         strict = self.strict_loading  # type: ignore[attr-defined]
         checkpoint_rules.load_state(self, checkpoint["state_dict"], version, file, strict)  # type: ignore[arg-type]
+
+    def _replace_post_processor(self, new: PostProcessor) -> None:
+        """Put another post-processor in the place of the model's, which is a callback of the trainer's too."""
+        if self._trainer is not None:
+            self.trainer.callbacks[:] = [
+                new if each is self.post_processor else each for each in self.trainer.callbacks
+            ]
+        self.post_processor = new
 
     def _forget_copy(self, checkpoint: dict[str, Any]) -> None:
         """Drop the thresholds' copy: a post-processor is a callback too, whose state Lightning writes and restores."""
