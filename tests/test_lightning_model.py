@@ -304,6 +304,14 @@ def test_infinite_scores_do_not_reach_the_checkpoint(parts: SyntheticParts, tmp_
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_in_training_mode_it_judges_nothing(trained: SimpleNamespace) -> None:
+    """As a model is after a training, and one that Lightning loads."""
+    loaded = WTFlow.load_from_checkpoint(trained.checkpoint)
+    with pytest.raises(RuntimeError, match=r"in training mode, in which it judges no images: call its eval\(\) before"):
+        loaded(torch.rand(1, 3, 128, 128))
+    assert loaded.eval()(torch.rand(1, 3, 128, 128)).pred_label.tolist() == [True]
+
+
 def test_checkpoint_of_another_size_or_rate(trained: SimpleNamespace, tmp_path: Path) -> None:
     """Another size is refused; another rate keeps the threshold that there is, and says so."""
     with pytest.raises(

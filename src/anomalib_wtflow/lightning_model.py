@@ -188,7 +188,14 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         return self.validation_step(batch, *args, **kwargs)
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
-        """Score images as an export does: pre-processed, normalised and labelled."""
+        """Score images as an export does: pre-processed, normalised and labelled.
+
+        Raises:
+            RuntimeError: If the model is in training mode, as after a training.
+        """
+        if self.training:
+            msg = "The model is in training mode, in which it judges no images: call its eval() before."
+            raise RuntimeError(msg)
         result = super().forward(batch, *args, **kwargs)
         return (
             result

@@ -140,6 +140,11 @@ def emptied(folder: Path) -> None:
         (lambda plant: emptied(plant / "nut/train/good"), {}, r"The product 'nut' has no training images: .*nut/train"),
         (lambda plant: shutil.rmtree(plant / "nut/train"), {}, r"The product 'nut' cannot be read, .*folders \(test"),
         (lambda plant: emptied(plant / "washer"), {}, r"The product 'washer' cannot be read, .* holds no images"),
+        (
+            lambda plant: (plant / "nut/test/good").rename(plant / "nut/test/Good"),
+            {},
+            r"'.*nut/test/Good' is named like 'good', and would be a kind of defect: rename it to 'good', or to what",
+        ),
         (lambda plant: None, {"products": ["screw"]}, r"There is no product 'screw' in '.*': choose from bolt, nut"),
         (lambda plant: None, {"products": ["nut", "nut"]}, r"The product 'nut' is given twice"),
         (lambda plant: None, {"members": {"nut": "SyntheticParts"}}, r"The product 'nut' is given twice"),

@@ -1,6 +1,7 @@
 """The moved threshold, against the conformal formula and scipy."""
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from scipy.stats import binom, mannwhitneyu
 from anomalib_wtflow import SyntheticParts, WTFlow, WTFlowPostProcessor, calibrate
 from anomalib_wtflow.cli.main import main
 from anomalib_wtflow.operation.calibrate import ALPHA, by_score, enough, moved
+from anomalib_wtflow.operation.fresh import fresh_ones
 from anomalib_wtflow.training.calibration import Scores
 from conftest import quiet_engine
 
@@ -191,6 +193,49 @@ def test_a_few_images_that_look_like_another_product_do_not_move_its_threshold()
     assert enough(one, old, 1, post).scores.tolist() == [0, 1]  # of one product the rate that holds is said
     with pytest.raises(ValueError, match="The 2 good images are too few of each product: the rate needs 9 of one"):
         enough(one, old, 2, post)
+
+
+# Which images ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_the_model_was_trained_with_and_copies_are_left_out(
+    tmp_path: Path, trained: SimpleNamespace, good: SimpleNamespace
+) -> None:
+    """Ten fresh ones set the threshold, as by themselves; moved ones are known again, also below another folder."""
+    seen = sorted((Path(trained.parts.root) / "train" / "good").glob("*.png"))
+    fresh = sorted(good.day.glob("*.png"))[:10]
+    alone, mixed = tmp_path / "alone", tmp_path / "mixed"
+    for folder in (alone, mixed / "moved"):
+        folder.mkdir(parents=True)
+    for place, path in enumerate(fresh):
+        for folder in (alone, mixed):
+            shutil.copy(path, folder / f"fresh-{place:02d}.png")
+    for path in seen[:3]:
+        shutil.copy(path, mixed / "moved")
+    shutil.copy(fresh[0], mixed / "other.png")
+    shutil.copy(fresh[0], mixed / "another.png")
+    wanted = calibrate(trained.checkpoint, alone, tmp_path / "alone.ckpt").products[0]
+    done = calibrate(trained.checkpoint, mixed, tmp_path / "mixed.ckpt")
+    assert done.trained_on == [f"moved/{path.name}" for path in seen[:3]]
+    assert len(done.copies) == 2
+    assert set(done.copies) < {"fresh-00.png", "another.png", "other.png"}
+    assert (done.products[0].images, done.products[0].after) == (10, wanted.after)
+    lines = str(done).splitlines()
+    names = ", ".join(repr(name) for name in done.trained_on)
+    assert (
+        lines[0] == f"Left out 3 that the model was trained with, whose scores promise nothing for new parts: {names}."
+    )
+    assert lines[1].startswith("Left out 2 that are copies of others, and tell nothing new: '")
+    with pytest.raises(ValueError, match=rf"^All {len(seen)} images are among those that the model was trained with"):
+        calibrate(trained.checkpoint, seen[0].parent, tmp_path / "none.ckpt")
+    assert not (tmp_path / "none.ckpt").exists()
+
+
+def test_what_is_not_known_of_the_training_leaves_nothing_out(trained: SimpleNamespace) -> None:
+    seen = sorted((Path(trained.parts.root) / "train" / "good").glob("*.png"))
+    places = fresh_ones([*seen, seen[1]], None)
+    assert places.fresh == list(range(len(seen)))
+    assert (places.trained_on, places.copies) == ([], [len(seen)])
 
 
 # Words ---------------------------------------------------------------------------------------------------------------

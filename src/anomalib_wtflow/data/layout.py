@@ -66,13 +66,19 @@ def mvtec_layout(root: Path, **kwargs: Any) -> Folder:
         **kwargs: Further arguments of ``Folder``.
 
     Raises:
-        ValueError: If there are no good training images.
+        ValueError: If there are no good training images, or a kind of defect is named ``good`` but for its case.
     """
     if not has_images(root / GOOD):
         msg = f"'{root}' has no training images: put good images into '{root / GOOD}'."
         raise ValueError(msg)
     test = root / "test"
     kinds = sorted(kind.name for kind in test.iterdir() if has_images(kind)) if test.is_dir() else []
+    if like := [kind for kind in kinds if kind != "good" and kind.strip().lower() == "good"]:
+        msg = (
+            f"'{test / like[0]}' is named like 'good', and would be a kind of defect: rename it to 'good', or to what "
+            "its defects are."
+        )
+        raise ValueError(msg)
     defects = [kind for kind in kinds if kind != "good"]
     masks = [root.absolute() / "ground_truth" / defect for defect in defects]
     return AnyFolder(

@@ -16,6 +16,7 @@ from anomalib_wtflow.flow.rows import allocate
 from anomalib_wtflow.lightning_model import WTFlow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import images_of
+from anomalib_wtflow.operation.fresh import fresh_ones
 from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
 from anomalib_wtflow.reporting.unjudged import first_few
 from anomalib_wtflow.settings import check
@@ -109,11 +110,24 @@ class Calibrated:
     """Products that no or too few new images show; they keep their thresholds."""
     left_out: Mapping[str, float]
     """The images that show these, with their raw scores, as in :class:`Moved`."""
+    trained_on: Sequence[str] = ()
+    """Images that were not used, since the model was trained with them."""
+    copies: Sequence[str] = ()
+    """Images that were not used, since they are copies of others."""
 
     def __str__(self) -> str:
         """Say it in a few lines."""
         several = len(self.products) + len(self.unseen) > 1
         lines = []
+        if self.trained_on:
+            what = "whose scores promise nothing for new parts"
+            lines.append(
+                f"Left out {len(self.trained_on)} that the model was trained with, {what}: {listed(self.trained_on)}."
+            )
+        if self.copies:
+            lines.append(
+                f"Left out {len(self.copies)} that are copies of others, and tell nothing new: {listed(self.copies)}."
+            )
         for each in self.products:
             lines += each.sentences(self.false_alarm_rate, f" of '{each.product}'" if several else "")
         if self.unseen:
@@ -133,7 +147,8 @@ def calibrate(
     """Set a trained model's thresholds from new good images, and write a new checkpoint; weights stay as they are.
 
     The thresholds are those of :func:`anomalib_wtflow.post_processor.conformal_threshold`: at most the stated share of
-    good images like these is called anomalous, each product by itself.
+    good images like these is called anomalous, each product by itself. Images that the model was trained with are left
+    out, as are copies of others (:func:`anomalib_wtflow.operation.fresh.fresh_ones`).
 
     Args:
         ckpt_path: Checkpoint of a trained WTFlow model.
@@ -149,8 +164,8 @@ def calibrate(
 
     Raises:
         FileNotFoundError: If the checkpoint or the data is not there.
-        ValueError: If the checkpoint is none of a trained WTFlow model, there are no images or too few finite scores,
-            or the output is the input.
+        ValueError: If the checkpoint is none of a trained WTFlow model, there are no images, or none that the model was
+            not trained with, or too few finite scores, or the output is the input.
     """
     path = Path(ckpt_path)
     target = path.with_name(f"{path.stem}-calibrated.ckpt") if output is None else Path(output)
@@ -161,6 +176,9 @@ def calibrate(
         )
         raise ValueError(msg)
     images = good_images(Path(data))
+    given = names_below(images, Path(data))
+    places = fresh_ones(images.image_filenames, model.trained_on)
+    images.image_filenames = [images.image_filenames[place] for place in places.fresh]
     to_device(model, device)
     post = with_rate(model, false_alarm_rate)
     allocate(post, len(model.product_names))
@@ -180,7 +198,8 @@ def calibrate(
     left_out = by_score(names, scored, ~torch.isin(scored.product, new.product))
     save(path, target, model)
     assert post.false_alarm_rate is not None
-    return Calibrated(target, post.false_alarm_rate, products, unseen, left_out)
+    unused = ([given[place] for place in some] for some in (places.trained_on, places.copies))
+    return Calibrated(target, post.false_alarm_rate, products, unseen, left_out, *unused)
 
 
 def good_images(path: Path) -> Any:
@@ -213,6 +232,11 @@ def by_score(names: Sequence[str], scored: Scores, chosen: Tensor) -> dict[str, 
     """Return the raw scores of some images, ``chosen`` being a mask ``(n,)``, by their names; the highest first."""
     order = scored.scores.argsort(descending=True, stable=True)
     return {names[k]: float(scored.scores[k]) for k in order[chosen[order]].tolist()}
+
+
+def listed(names: Sequence[str]) -> str:
+    """List some images, and say how many more there are."""
+    return first_few([repr(name) for name in names])
 
 
 def named(images: Mapping[str, float]) -> str:

@@ -17,22 +17,24 @@ SAMPLE = 4096
 """Bytes of a file that are read, from its middle: images of the same name and size can be others (BMP, TIFF)."""
 
 
-def marks_of(paths: Iterable[str]) -> Tensor:
-    """Return a number for each file, ``(n,)`` int64, sorted: ``2^32 size + crc32(name, bytes in the middle)``.
+def mark_of(path: Path) -> int:
+    """Return a number for a file: ``2^32 size + crc32(name, bytes in the middle)``.
 
     Folders do not count, so that data may be moved.
 
     Raises:
-        OSError: If a file cannot be read.
+        OSError: If it cannot be read.
     """
-    marks = []
-    for path in map(Path, paths):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            file.seek(max(0, size - SAMPLE) // 2)
-            sample = zlib.crc32(file.read(SAMPLE), zlib.crc32(path.name.encode(errors="surrogateescape")))
-        marks.append((size % 2**31 << 32) + sample)
-    return torch.tensor(sorted(marks), dtype=torch.int64)
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        file.seek(max(0, size - SAMPLE) // 2)
+        sample = zlib.crc32(file.read(SAMPLE), zlib.crc32(path.name.encode(errors="surrogateescape")))
+    return (size % 2**31 << 32) + sample
+
+
+def marks_of(paths: Iterable[str]) -> Tensor:
+    """Return :func:`mark_of` each file, ``(n,)`` int64, sorted."""
+    return torch.tensor(sorted(mark_of(Path(path)) for path in paths), dtype=torch.int64)
 
 
 def difference(before: Tensor, now: Tensor) -> str | None:
