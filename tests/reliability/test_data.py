@@ -484,6 +484,32 @@ def test_predict_names_the_files_that_it_does_not_judge(mixed: Path, small: Simp
     assert said(data_path=mixed.parent / "scratch") == []
 
 
+def test_images_that_a_limit_leaves_out_are_said(
+    small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = small.root / "test" / "good"
+    data = folder(small.root, val_split_mode="none", eval_batch_size=4)  # of 10 good ones and 2 scratched
+
+    def said(batches: float) -> list[str]:
+        engine = quiet_engine(tmp_path, limit_predict_batches=batches, limit_test_batches=batches)
+        engine.predict(model(), data_path=good, ckpt_path=small.checkpoint)
+        engine.test(model(), datamodule=data, ckpt_path=small.checkpoint, verbose=False)
+        return [line for line in capsys.readouterr().out.splitlines() if "were judged" in line]
+
+    rest = ": the others have no verdict."
+    assert said(2) == [
+        f"2 of 10 images were judged, since limit_predict_batches is 2{rest}",
+        f"8 of 12 images were judged, since limit_test_batches is 2{rest}",
+    ]
+    assert said(1.0) == []
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert said(0) == []
+    assert [str(each.message) for each in given if "was judged" in str(each.message)] == [
+        f"No image was judged, since limit_{run}_batches is 0: there are no verdicts." for run in ("predict", "test")
+    ]
+
+
 @pytest.mark.parametrize("name", ["good", NAME])
 def test_calibrate_and_diagnose_name_the_files_that_they_do_not_use(
     mixed: Path, small: SimpleNamespace, tmp_path: Path, name: str
