@@ -1,6 +1,9 @@
 """Data sets that a factory can have: few images, odd folders, one-sided validation and test sets."""
 
+import csv
+import json
 import math
+import os
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -321,6 +324,26 @@ def test_odd_names(copy: Path, small: SimpleNamespace, tmp_path: Path, name: str
     assert "image_AUROC" in metrics_of(folder(root), small, tmp_path)
     batches = quiet_engine(tmp_path).predict(model(), data_path=root / "test" / "good", ckpt_path=small.checkpoint)
     assert len(batches) == 10
+
+
+def test_names_that_are_no_utf8(
+    copy: Path, small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As files of another system have them: both tables stay readable, and what is printed is what they say."""
+    good = copy / "test" / "good"
+    (good / "000.png").rename(good / os.fsdecode(b"000_\xff.png"))
+    engine = quiet_engine(tmp_path)
+    engine.predict(model(visualizer=True), data_path=good, ckpt_path=small.checkpoint)
+    table = next(tmp_path.glob("WTFlow/**/scores.csv"))
+    names = [f"{good}/000_\\udcff.png", *(f"{good}/{k:03d}.png" for k in range(1, 10))]
+    assert [row["image_path"] for row in csv.DictReader(table.read_text("utf-8").splitlines())] == names
+    whole = json.loads(table.with_suffix(".json").read_text("utf-8"))
+    assert whole["images"] == list(read(table))
+    assert whole["summary"]["images"] == 10
+    assert f"  {names[0]}\n" in capsys.readouterr().out
+    (picture,) = table.parent.glob("images/good/000*")
+    assert os.fsencode(picture.name) == b"000_\xff.png"
+    assert "image_AUROC" in metrics_of(folder(copy), small, tmp_path)
 
 
 def test_our_data_modules_read_folders_of_any_name(copy: Path, tmp_path: Path) -> None:

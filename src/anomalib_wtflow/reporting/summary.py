@@ -39,8 +39,8 @@ class Summary:
     """Score above which an image is anomalous."""
 
     def plain(self) -> dict[str, Any]:
-        """Return all of it but the rows, which the file has."""
-        return {name: value for name, value in asdict(self).items() if name != "highest"}
+        """Return all of it but the rows, which the file has, and the words."""
+        return {name: value for name, value in asdict(self).items() if name not in ("highest", "reason")}
 
 
 def sentences(summary: Summary) -> list[str]:

@@ -37,6 +37,8 @@ COLUMNS = (
 )
 """``product`` only for models of several; ``threshold`` is the raw score's, at the model's sensitivity;
 ``largest_pixel`` is of the normalised map; ``outlined`` is the share of the image above the pixel threshold."""
+ODD = "backslashreplace"
+"""How bytes of a file's name that are no UTF-8 are written, as ``\\udcff``: any program reads the files then."""
 NUMBERS = {"raw_score", "pred_score", "threshold", "largest_pixel", "outlined"}
 
 
@@ -111,7 +113,7 @@ class Verdicts(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = locked(path)
             path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
-            self._file = path.open("w", newline="", encoding="utf-8")
+            self._file = path.open("w", newline="", encoding="utf-8", errors=ODD)
             self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
             self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
             self._rows.writeheader()
