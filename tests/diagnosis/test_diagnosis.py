@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -337,6 +338,15 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert "<b>" not in text
     assert "1 &lt; 2 &amp; {x}" in text
     assert "&lt;i&gt;" in text
+
+
+def test_names_that_are_no_utf8_are_shown(tmp_path: Path) -> None:
+    from anomalib_wtflow.diagnosis.report import write_report
+
+    name = os.fsdecode(b"x_\xff.png")
+    page = write_report(tmp_path, "t", "s", [], {"image": name}, front=f"<p>{name}</p>")
+    assert r"<p>x_\udcff.png</p>" in page.read_text("utf-8")
+    assert json.loads((tmp_path / "numbers.json").read_text("utf-8")) == {"image": name}
 
 
 def test_headless() -> None:

@@ -1,6 +1,9 @@
 """Data sets that a factory can have: few images, odd folders, one-sided validation and test sets."""
 
+import csv
+import json
 import math
+import os
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -323,6 +326,26 @@ def test_odd_names(copy: Path, small: SimpleNamespace, tmp_path: Path, name: str
     assert len(batches) == 10
 
 
+def test_names_that_are_no_utf8(
+    copy: Path, small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As files of another system have them: both tables stay readable, and what is printed is what they say."""
+    good = copy / "test" / "good"
+    (good / "000.png").rename(good / os.fsdecode(b"000_\xff.png"))
+    engine = quiet_engine(tmp_path)
+    engine.predict(model(visualizer=True), data_path=good, ckpt_path=small.checkpoint)
+    table = next(tmp_path.glob("WTFlow/**/scores.csv"))
+    names = [f"{good}/000_\\udcff.png", *(f"{good}/{k:03d}.png" for k in range(1, 10))]
+    assert [row["image_path"] for row in csv.DictReader(table.read_text("utf-8").splitlines())] == names
+    whole = json.loads(table.with_suffix(".json").read_text("utf-8"))
+    assert whole["images"] == list(read(table))
+    assert whole["summary"]["images"] == 10
+    assert f"  {names[0]}\n" in capsys.readouterr().out
+    (picture,) = table.parent.glob("images/good/000*")
+    assert os.fsencode(picture.name) == b"000_\xff.png"
+    assert "image_AUROC" in metrics_of(folder(copy), small, tmp_path)
+
+
 def test_our_data_modules_read_folders_of_any_name(copy: Path, tmp_path: Path) -> None:
     """Products, the drawn parts, and the folders that `calibrate` and `diagnose` take."""
     for kind in ("test", "ground_truth"):
@@ -482,6 +505,32 @@ def test_predict_names_the_files_that_it_does_not_judge(mixed: Path, small: Simp
     some.image_filenames = some.image_filenames[:3]
     assert said(dataset=some) == []
     assert said(data_path=mixed.parent / "scratch") == []
+
+
+def test_images_that_a_limit_leaves_out_are_said(
+    small: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = small.root / "test" / "good"
+    data = folder(small.root, val_split_mode="none", eval_batch_size=4)  # of 10 good ones and 2 scratched
+
+    def said(batches: float) -> list[str]:
+        engine = quiet_engine(tmp_path, limit_predict_batches=batches, limit_test_batches=batches)
+        engine.predict(model(), data_path=good, ckpt_path=small.checkpoint)
+        engine.test(model(), datamodule=data, ckpt_path=small.checkpoint, verbose=False)
+        return [line for line in capsys.readouterr().out.splitlines() if "were judged" in line]
+
+    rest = ": the others have no verdict."
+    assert said(2) == [
+        f"2 of 10 images were judged, since limit_predict_batches is 2{rest}",
+        f"8 of 12 images were judged, since limit_test_batches is 2{rest}",
+    ]
+    assert said(1.0) == []
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert said(0) == []
+    assert [str(each.message) for each in given if "was judged" in str(each.message)] == [
+        f"No image was judged, since limit_{run}_batches is 0: there are no verdicts." for run in ("predict", "test")
+    ]
 
 
 @pytest.mark.parametrize("name", ["good", NAME])

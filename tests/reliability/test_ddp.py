@@ -183,6 +183,9 @@ def test_two_processes_test_and_predict_each_image_once(both: SimpleNamespace) -
             assert together[path]["pred_label"] == row["pred_label"]
             assert float(together[path]["pred_score"]) == pytest.approx(float(row["pred_score"]), rel=1e-4)
     assert both.numbers[1]["folder"] == both.numbers[2]["folder"]
+    for numbers in both.numbers:
+        summary = json.loads((Path(numbers["folder"]) / "scores.json").read_text())["summary"]
+        assert (summary["images"], summary["given"]) == (7, 7)
     assert both.said.count("15 images: ") == both.said.count("7 images: ") == both.said.count("Stopped after 20") == 1
     assert "sync_dist=True" not in both.said  # Lightning's advice, of the products' metrics
 

@@ -22,7 +22,7 @@ from PIL import Image
 from anomalib_wtflow import SyntheticParts, WTFlow, calibrate
 from anomalib_wtflow.training import plateau
 from anomalib_wtflow.training.plateau import Plateau
-from anomalib_wtflow.training.resuming import Resuming
+from anomalib_wtflow.training.resuming import Resuming, newest_checkpoint, written_by
 from anomalib_wtflow.training.same_data import difference, marks_of
 from conftest import callback_of, quiet_engine
 
@@ -198,10 +198,11 @@ def test_the_newest_checkpoint_is_named(data: Path, tmp_path: Path, caplog: pyte
     def said(trainer: Any) -> str:
         caplog.clear()
         with caplog.at_level("INFO"):
-            Resuming().on_exception(trainer, model, KeyboardInterrupt())
+            callback_of(trainer.lightning_module, Resuming).on_exception(trainer, model, KeyboardInterrupt())
         return caplog.messages[-1]
 
     assert f"give the same command --ckpt_path {newest} to go on." in said(model.trainer)
+    os.utime(newest, (time.time() + 86400,) * 2)  # from a machine whose clock is ahead
     second = ModelCheckpoint(tmp_path / "second", "{epoch}-{step}")
     resumed = WTFlow(**settings)
     quiet_engine(tmp_path, callbacks=[second]).fit(resumed, datamodule=small(data), ckpt_path=newest)
@@ -213,6 +214,33 @@ def test_the_newest_checkpoint_is_named(data: Path, tmp_path: Path, caplog: pyte
     assert f" --ckpt_path {newest} to go on." in said(resumed.trainer)
     newest.unlink()
     assert said(resumed.trainer).endswith(": there is no checkpoint to go on from.")
+
+
+def test_file_times_are_compared_among_a_trainings_own_checkpoints(tmp_path: Path) -> None:
+    """Of the one that it began with, and of those that an earlier run wrote, they may be another clock's."""
+    began, best, first, last = (tmp_path / f"{name}.ckpt" for name in ("began", "best", "first", "last"))
+    for path, when in ((began, 9), (best, 8), (first, 2), (last, 1)):
+        path.touch()
+        os.utime(path, (when, when))
+    writer, other = ModelCheckpoint(tmp_path), ModelCheckpoint(tmp_path)
+    trainer: Any = SimpleNamespace(ckpt_path=str(began), checkpoint_callbacks=[writer, other])
+    assert newest_checkpoint(trainer, written_by(trainer)) == str(began)
+    writer.best_model_path = str(best)  # as the checkpoint that it began with says
+    before = written_by(trainer)
+    assert newest_checkpoint(trainer, before) == str(began)
+    other.best_model_path = str(last)
+    assert newest_checkpoint(trainer, before) == str(last)
+    writer.last_model_path = str(first)
+    assert newest_checkpoint(trainer, before) == str(first)
+    os.utime(best, (7, 7))  # written once more
+    assert newest_checkpoint(trainer, before) == str(best)
+    other.best_model_path = "s3://bucket/remote.ckpt"
+    assert newest_checkpoint(trainer, before) == str(best)
+    for path in (best, first):
+        path.unlink()
+    assert newest_checkpoint(trainer, before) == "s3://bucket/remote.ckpt"
+    trainer.ckpt_path, trainer.checkpoint_callbacks = None, []
+    assert newest_checkpoint(trainer, before) is None
 
 
 def fitted(root: Path, parts: Any, **kwargs: Any) -> tuple[Path, list[str]]:

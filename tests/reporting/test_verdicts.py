@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from anomalib_wtflow import WTFlow, WTFlowPostProcessor
 from anomalib_wtflow.products import UNKNOWN, Recognition
 from anomalib_wtflow.reporting.summary import Summary, sentences, show
-from anomalib_wtflow.reporting.verdicts import COLUMNS, Verdicts, locked, read, rows_of, stopped, to_json
+from anomalib_wtflow.reporting.verdicts import COLUMNS, Verdicts, locked, read, reason, rows_of, stopped, to_json
 from conftest import quiet_engine
 
 
@@ -148,7 +148,7 @@ def test_files_hold_any_name_and_the_summary_counts(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    summary = to_json(path, {"bolt": 0.5, "nut": 0.25})
+    summary = to_json(path, Summary(promises={"bolt": 0.5, "nut": 0.25}))
     assert [row["image_path"] for row in read(path)] == ["a.png", "ü,b.png", "c.png"]
     assert (summary.images, summary.good, summary.anomalous, summary.unknown) == (3, 1, 2, 1)
     assert (summary.truly_good, summary.false_alarms, summary.truly_anomalous, summary.misses) == (1, 1, 1, 1)
@@ -161,7 +161,7 @@ def test_files_hold_any_name_and_the_summary_counts(tmp_path: Path) -> None:
 def test_what_has_no_score_comes_first_and_is_not_good(tmp_path: Path) -> None:
     path = tmp_path / "scores.csv"
     path.write_text(",".join(COLUMNS) + "\na.png,,1,0.9,1,anomalous,,1,1\nb.png,,,,,,,,\n")
-    summary = to_json(path, {})
+    summary = to_json(path, Summary())
     assert summary.highest[0]["image_path"] == "b.png"
     assert (summary.good, summary.anomalous) == (0, 2)
     assert summary.scores[-1] == math.inf
@@ -172,7 +172,7 @@ def test_a_file_of_many_rows_is_summed_up_like_the_ten_highest(tmp_path: Path) -
     order = torch.randperm(500).tolist()
     lines = [f"{k}.png,,{k},{k / 500},250,{'good' if k < 250 else 'anomalous'},,0,0" for k in order]
     path.write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
-    summary = to_json(path, {})
+    summary = to_json(path, Summary())
     assert [row["image_path"] for row in summary.highest] == [f"{k}.png" for k in range(499, 489, -1)]
     assert (summary.good, summary.anomalous) == (250, 250)
 
@@ -198,6 +198,15 @@ def test_a_promise_needs_good_and_defective_images() -> None:
     assert any("no good images" in line for line in sentences(Summary(images=1, judged=1, truly_anomalous=1)))
     assert not any("AUROC" in line for line in sentences(Summary(images=1, judged=1)))
     assert sentences(Summary(images=3)) == ["3 images without verdicts: the model has no threshold."]
+
+
+def test_images_that_were_left_out_are_counted() -> None:
+    rest = "3 of 40 images were judged, since limit_predict_batches is 3: the others have no verdict."
+    some = {"images": 3, "reason": "limit_predict_batches is 3"}
+    assert sentences(Summary(given=40, judged=3, good=3, **some)) == ["3 images: 3 good, 0 anomalous.", rest]
+    assert sentences(Summary(given=40, **some)) == ["3 images without verdicts: the model has no threshold.", rest]
+    for given in (None, 3, 2):  # a sampler may show images twice
+        assert sentences(Summary(given=given, judged=3, good=3, **some)) == ["3 images: 3 good, 0 anomalous."]
 
 
 def test_a_file_takes_the_verdicts_of_one_run_at_a_time(tmp_path: Path) -> None:
@@ -240,6 +249,16 @@ def test_a_folder_that_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("anomalib_wtflow.reporting.verdicts.FileLock.acquire", refused)
     with pytest.warns(UserWarning, match=r"takes no lock \(\[Errno \d+\] No locks available\): start no second run"):
         assert locked(tmp_path / "scores.csv") is None
+
+
+def test_why_images_were_left_out() -> None:
+    def said(predicting: bool, limit: float) -> str:
+        trainer: Any = SimpleNamespace(predicting=predicting, limit_predict_batches=limit, limit_test_batches=limit)
+        return reason(trainer)
+
+    assert said(True, 1) == "limit_predict_batches is 1"
+    assert said(False, 0.25) == "limit_test_batches is 0.25"
+    assert said(True, 1.0) == said(False, 1.0) == "the loader gave no more"
 
 
 def test_what_a_stopped_run_says(tmp_path: Path) -> None:

@@ -126,5 +126,5 @@ def write_report(
         style=part_of_page("page.css"),
         script=part_of_page("page.js"),
     )
-    put(page, html.encode())
+    put(page, html.encode(errors="backslashreplace"))  # names of files need be no UTF-8
     return page

@@ -17,6 +17,10 @@ class Summary:
     """Counts of verdicts, the scores' least, median and greatest, and the highest-scored images' rows."""
 
     images: int = 0
+    given: int | None = None
+    """Images that there were to judge; None if that is not known."""
+    reason: str = ""
+    """Why those that are left are not judged."""
     judged: int = 0
     """Of the images, how many have a verdict: none of a model without thresholds."""
     good: int = 0
@@ -35,17 +39,19 @@ class Summary:
     """Score above which an image is anomalous."""
 
     def plain(self) -> dict[str, Any]:
-        """Return all of it but the rows, which the file has."""
-        return {name: value for name, value in asdict(self).items() if name != "highest"}
+        """Return all of it but the rows, which the file has, and the words."""
+        return {name: value for name, value in asdict(self).items() if name not in ("highest", "reason")}
 
 
 def sentences(summary: Summary) -> list[str]:
-    """Say what the verdicts are; of good images only, what that does and does not tell."""
+    """Say what the verdicts are, and of how many images; of good images only, what that does and does not tell."""
     s = summary
-    unknown = f" ({s.unknown} of them like no product)" if s.unknown else ""
-    lines = [f"{s.images} image{'s' * (s.images != 1)}: {s.good} good, {s.anomalous} anomalous{unknown}."]
+    rest = f"{s.images} of {s.given} images were judged, since {s.reason}: the others have no verdict."
+    left = [rest] if s.images < (s.given or 0) else []
     if not s.judged:
-        return [f"{s.images} images without verdicts: the model has no threshold."]
+        return [f"{s.images} images without verdicts: the model has no threshold.", *left]
+    unknown = f" ({s.unknown} of them like no product)" if s.unknown else ""
+    lines = [f"{s.images} image{'s' * (s.images != 1)}: {s.good} good, {s.anomalous} anomalous{unknown}.", *left]
     promise = f", at most {max(s.promises.values()):.1%} promised" if s.promises else ""
     if s.truly_good:
         lines.append(f"Of {s.truly_good} good ones {s.false_alarms} called anomalous{promise}.")

@@ -37,6 +37,8 @@ COLUMNS = (
 )
 """``product`` only for models of several; ``threshold`` is the raw score's, at the model's sensitivity;
 ``largest_pixel`` is of the normalised map; ``outlined`` is the share of the image above the pixel threshold."""
+ODD = "backslashreplace"
+"""How bytes of a file's name that are no UTF-8 are written, as ``\\udcff``: any program reads the files then."""
 NUMBERS = {"raw_score", "pred_score", "threshold", "largest_pixel", "outlined"}
 
 
@@ -51,6 +53,7 @@ class Verdicts(Callback):
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._lock: FileLock | None = None
+        self._begun, self._judged = False, 0
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the files anew."""
@@ -79,8 +82,10 @@ class Verdicts(Callback):
         self._finish(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Close the file and leave the folder to other runs, whatever happened."""
-        del trainer, pl_module, stage
+        """Close the file and leave the folder to other runs, whatever happened; say so if nothing was begun."""
+        del pl_module
+        if stage in ("test", "predict") and not self._begun:  # of no batches Lightning begins no run
+            rank_zero_warn(f"No image was judged, since {reason(trainer)}: there are no verdicts.")
         self._close()
         if self._lock is not None:
             self._lock.release()
@@ -103,11 +108,12 @@ class Verdicts(Callback):
 
     def _start(self, trainer: Trainer, pl_module: Any) -> None:
         path = self.path(trainer, trainer.global_rank)
+        self._begun, self._judged = True, 0
         with told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = locked(path)
             path.with_suffix(".json").unlink(missing_ok=True)  # of an earlier run, should this one be stopped
-            self._file, self._judged = path.open("w", newline="", encoding="utf-8"), 0
+            self._file = path.open("w", newline="", encoding="utf-8", errors=ODD)
             self._columns = [name for name in COLUMNS if name != "product" or len(pl_module.product_names) > 1]
             self._rows = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
             self._rows.writeheader()
@@ -138,7 +144,8 @@ class Verdicts(Callback):
         promises = dict(zip(pl_module.product_names, rates, strict=False))
         limit = float(getattr(post, "normalized_image_threshold", 0.5))
         with told(path.with_suffix(".json")):
-            summary = to_json(path, {name: rate for name, rate in promises.items() if rate == rate}, limit)
+            known = {name: rate for name, rate in promises.items() if rate == rate}
+            summary = to_json(path, Summary(promises=known, limit=limit, given=given(trainer), reason=reason(trainer)))
         show(summary, path)
 
     def _gather(self, trainer: Trainer, path: Path, rank: int) -> None:
@@ -163,12 +170,25 @@ def datasets(trainer: Trainer) -> list[Any]:
     return datasets_of(trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders)
 
 
+def given(trainer: Trainer) -> int | None:
+    """Return how many images the data sets of a test or a prediction hold; None if one has no length."""
+    found = datasets(trainer)
+    return sum(map(len, found)) if found and all(hasattr(each, "__len__") for each in found) else None
+
+
+def reason(trainer: Trainer) -> str:
+    """Say why a run that came to its end has not judged some of the images that it was given."""
+    name = "limit_predict_batches" if trainer.predicting else "limit_test_batches"
+    limit = getattr(trainer, name)
+    return "the loader gave no more" if isinstance(limit, float) and limit == 1 else f"{name} is {limit:g}"
+
+
 def stopped(trainer: Trainer, judged: int, path: Path) -> str:
     """Say what a run that is stopped has judged."""
     if trainer.world_size > 1:
         return f"Stopped: each process's verdicts are in {path.parent}, {NAME}*.csv; other images were not judged."
-    asked = datasets(trainer)
-    of = f" of {sum(map(len, asked))}" if asked and all(hasattr(each, "__len__") for each in asked) else ""
+    whole = given(trainer)
+    of = "" if whole is None else f" of {whole}"
     return f"Stopped after {judged}{of} images: their verdicts are in {path}, the others were not judged."
 
 
@@ -244,15 +264,14 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             yield {name: None if text == "" else float(text) if name in NUMBERS else text for name, text in row.items()}
 
 
-def to_json(path: Path, promises: dict[str, float], limit: float = 0.5) -> Summary:
+def to_json(path: Path, summary: Summary) -> Summary:
     """Write the rows of a CSV file as JSON beside it, one by one, and sum them up.
 
     Args:
         path: The CSV file.
-        promises: By product, what share of good images may be called anomalous at most.
-        limit: Normalised score above which an image is anomalous.
+        summary: What is known before, to which the rows are added.
     """
-    summary, scores = Summary(promises=promises, limit=limit), []
+    scores: list[float] = []
     highest: list[tuple[float, int, dict[str, Any]]] = []
     with path.with_suffix(".json").open("w", encoding="utf-8") as file:
         file.write('{"images": [')

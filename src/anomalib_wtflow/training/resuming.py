@@ -77,25 +77,57 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         replace_whole(path, content)
 
 
-def newest_checkpoint(trainer: Trainer) -> Path | str | None:
-    """Find the newest file from which a training can go on: of those that it wrote, or the one that it began with."""
-    paths = [trainer.ckpt_path]
+def written_by(trainer: Trainer) -> dict[str, int]:
+    """Find the files that a trainer's callbacks know of and a training can go on from, with their file times.
+
+    Those of an earlier run, which a resumed one is told of, are among them. A remote file has the time 0: nobody knows.
+    """
+    paths: list[str] = []
     for writer in trainer.checkpoint_callbacks:
         if isinstance(writer, ModelCheckpoint) and not writer.save_weights_only:
-            paths += [writer.best_model_path, writer.last_model_path, *writer.best_k_models]
-    files = [Path(path) for path in paths if path and Path(path).exists()]
-    remote = [path for path in paths if path and "://" in str(path)]  # nobody knows when that was written
-    return max(files, key=lambda path: path.stat().st_mtime_ns, default=remote[-1] if remote else None)
+            paths += [*writer.best_k_models, writer.last_model_path, writer.best_model_path]
+    return {path: time for path in paths if (time := time_of(path)) is not None}
+
+
+def time_of(path: str | Path) -> int | None:
+    """Return the file time of a checkpoint, 0 of a remote one, None of one that is not there."""
+    if "://" in str(path):
+        return 0
+    return Path(path).stat().st_mtime_ns if path and Path(path).exists() else None
+
+
+def newest_checkpoint(trainer: Trainer, before: dict[str, int]) -> str | None:
+    """Find the file from which a training can go on: the newest that it wrote, or else the one that it began with.
+
+    File times are compared among its own files alone: the one that it began with may be of another machine's clock.
+
+    Args:
+        trainer: The trainer of the training.
+        before: What :func:`written_by` found when it began.
+    """
+    known, began = written_by(trainer), trainer.ckpt_path
+    own = {path: time for path, time in known.items() if before.get(path) != time}
+    if not own and began is not None and time_of(began) is not None:
+        return str(began)
+    return max(own or known, key=known.__getitem__, default=None)
 
 
 class Resuming(Callback):
     """Keep checkpoints whole, say how a stopped training goes on, and hand on a checkpoint with nothing left to do."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Write whole checkpoints, unless the user brings a way of writing them."""
         del pl_module
         if stage == "fit":
             write_whole_from_now_on(trainer.strategy.checkpoint_io)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Look at what is there before this training writes anything."""
+        del pl_module
+        self._before = written_by(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Copy the checkpoint to where the model is expected, if its training had ended already."""
@@ -119,6 +151,6 @@ class Resuming(Callback):
             exception.code = 128 + signal.SIGTERM
         if trainer.state.fn != TrainerFn.FITTING or not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             return
-        saved = newest_checkpoint(trainer)
+        saved = newest_checkpoint(trainer, self._before)
         way = f"give the same command --ckpt_path {saved} to go on" if saved else "there is no checkpoint to go on from"
         rank_zero_info(f"Stopped in epoch {trainer.current_epoch}: {way}.")
