@@ -88,8 +88,8 @@ def warn_of_pictures(listed: Sequence[Path], results: Path) -> None:
     count = sum(results in path.absolute().parents for path in listed)
     if count:
         rank_zero_warn(
-            f"{count} of the {len(listed)} images lie in '{results}', where runs put their pictures, and were judged as "
-            "if they were parts: move that folder out of the one that is judged, and run it again with another "
+            f"{count} of the {len(listed)} images lie in '{results}', where runs put their pictures, and were judged "
+            "as if they were parts: move that folder out of the one that is judged, and run it again with another "
             "--default_root_dir."
         )
 
