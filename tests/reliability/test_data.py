@@ -533,6 +533,28 @@ def test_images_that_a_limit_leaves_out_are_said(
     ]
 
 
+def test_pictures_of_earlier_runs_among_the_images_are_counted(copy: Path, small: SimpleNamespace) -> None:
+    """Where results lie in the folder of the images, of a prediction or of a test."""
+    good, test = copy / "test" / "good", copy / "test"
+
+    def said(data: Path) -> list[str]:
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            quiet_engine(test).predict(model(visualizer=True), data_path=data, ckpt_path=small.checkpoint)
+        return [str(each.message) for each in given if "images" in str(each.message)]
+
+    assert said(good) == []
+    quiet_engine(test).test(model(visualizer=True), datamodule=folder(copy), ckpt_path=small.checkpoint, verbose=False)
+    tested = len(list((test / "WTFlow" / "parts").rglob("*.png")))
+    assert tested == 6
+    parts = len(list(test.glob("*/*.png")))
+    assert said(test) == [
+        f"{10 + tested} of the {parts + 10 + tested} images lie in '{test / 'WTFlow'}', where runs put their pictures, "
+        "and were judged as if they were parts: move that folder out of the one that is judged, and run it again with "
+        "another --default_root_dir."
+    ]
+
+
 @pytest.mark.parametrize("name", ["good", NAME])
 def test_calibrate_and_diagnose_name_the_files_that_they_do_not_use(
     mixed: Path, small: SimpleNamespace, tmp_path: Path, name: str

@@ -216,6 +216,30 @@ def test_the_newest_checkpoint_is_named(data: Path, tmp_path: Path, caplog: pyte
     assert said(resumed.trainer).endswith(": there is no checkpoint to go on from.")
 
 
+def test_a_checkpoint_beyond_the_last_epoch_is_refused(data: Path, tmp_path: Path) -> None:
+    """As Lightning refuses it; one of the last epoch, or of the one after it, has nothing left to train."""
+    settings: Any = {"image_size": 64, "false_alarm_rate": 0.3, "overrides": {"plateau": 0.0}, "visualizer": False}
+    first = quiet_engine(tmp_path / "first")
+    first.fit(WTFlow(max_epochs=3, **settings), datamodule=small(data))
+    saved = first.best_model_path
+    for epochs in (2, 3):
+        again = WTFlow(max_epochs=epochs, **settings)
+        quiet_engine(tmp_path / str(epochs)).fit(again, datamodule=small(data), ckpt_path=saved)
+        assert again.trainer.global_step == 12
+    sentence = (
+        rf"^'{saved}' is in epoch 2 \(of which the first is 0\), but max_epochs is 1: give 3 or more to go on, "
+        r"or leave --ckpt_path out to train anew\.$"
+    )
+    trainers = quiet_engine(tmp_path / "trainers", max_epochs=1)
+    for engine, model in (
+        (quiet_engine(tmp_path / "own"), WTFlow(max_epochs=1, **settings)),
+        (trainers, WTFlow(**settings)),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            engine.fit(model, datamodule=small(data), ckpt_path=saved)
+    trainers.test(WTFlow(**settings), datamodule=small(data), ckpt_path=saved, verbose=False)
+
+
 def test_file_times_are_compared_among_a_trainings_own_checkpoints(tmp_path: Path) -> None:
     """Of the one that it began with, and of those that an earlier run wrote, they may be another clock's."""
     began, best, first, last = (tmp_path / f"{name}.ckpt" for name in ("began", "best", "first", "last"))

@@ -1,4 +1,4 @@
-"""What a prediction has not judged: it is said, since nothing said would look like nothing found."""
+"""What a prediction has not judged, or judged though it is no part: nothing said would look like nothing found."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -78,6 +78,28 @@ def warn_of_unlisted(folder: Path, listed: Iterable[str | Path], what: str, own:
         )
 
 
+def warn_of_pictures(listed: Sequence[Path], results: Path) -> None:
+    """Say how many of the images are pictures that runs have written, if some are: they are judged like parts.
+
+    Args:
+        listed: The images.
+        results: The folder that runs write into.
+    """
+    count = sum(results in path.absolute().parents for path in listed)
+    if count:
+        rank_zero_warn(
+            f"{count} of the {len(listed)} images lie in '{results}', where runs put their pictures, and were judged "
+            "as if they were parts: move that folder out of the one that is judged, and run it again with another "
+            "--default_root_dir."
+        )
+
+
+def results_of(trainer: Trainer, pl_module: Any) -> Path:
+    """Return the folder that a model's runs write into: anomalib's, of the model's name, or else this run's own."""
+    own = Path(trainer.default_root_dir).resolve()
+    return next((folder for folder in own.parents if folder.name == type(pl_module).__name__), own)
+
+
 def folder_of(paths: Sequence[Path]) -> Path | None:
     """Find the folder whose images a data set for prediction lists, which keeps no path; None if it lists none.
 
@@ -102,7 +124,7 @@ def given_to_predict() -> Path | None:
 
 
 class Unjudged(Callback):
-    """End a prediction that a machine stops, and name the files of a folder that were not judged."""
+    """End a prediction that a machine stops, and name the files of a folder that were not judged, or are pictures."""
 
     def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop after a SIGTERM, which Lightning looks at in training and in tests alone.
@@ -116,9 +138,10 @@ class Unjudged(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Look at the folder of each data set once more, after the verdicts."""
-        del pl_module
+        results = results_of(trainer, pl_module)
         for dataset in datasets(trainer):
             if isinstance(dataset, PredictDataset):
                 folder, listed = folder_of(dataset.image_filenames), dataset.image_filenames
+                warn_of_pictures(listed, results)
                 if folder is not None:
-                    warn_of_unlisted(folder, listed, "judged", Path(trainer.default_root_dir).resolve())
+                    warn_of_unlisted(folder, listed, "judged", results)

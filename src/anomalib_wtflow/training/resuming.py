@@ -124,6 +124,21 @@ class Resuming(Callback):
         if stage == "fit":
             write_whole_from_now_on(trainer.strategy.checkpoint_io)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that is beyond the last epoch of this training, before Lightning does.
+
+        Raises:
+            ValueError: If it is.
+        """
+        del pl_module
+        epoch, last = checkpoint["epoch"], trainer.max_epochs
+        if trainer.state.fn == TrainerFn.FITTING and last is not None and -1 < last < epoch:
+            msg = (
+                f"'{trainer.ckpt_path}' is in epoch {epoch} (of which the first is 0), but max_epochs is {last}: give "
+                f"{epoch + 1} or more to go on, or leave --ckpt_path out to train anew."
+            )
+            raise ValueError(msg)
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Look at what is there before this training writes anything."""
         del pl_module
