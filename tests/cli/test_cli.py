@@ -1,5 +1,6 @@
 """The command line, as a user types it, in new processes; and every config."""
 
+import io
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 
 from anomalib_wtflow import SyntheticParts, WTFlow
-from anomalib_wtflow.cli.main import main
+from anomalib_wtflow.cli.main import _run, main
 from anomalib_wtflow.settings import ARGUMENTS, declared, get_settings, option
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -168,3 +169,14 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     assert len(results) == 4
     assert results["image_AUROC"].between(0, 1).all()
     assert results.set_index(results["model.class_path"].str.rsplit(".").str[-1]).loc["WTFlow", "image_AUROC"] > 0.9
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "Prüfung"), ("ascii", r"Pr\xfcfung")])
+def test_names_that_a_terminal_cannot_show_are_written_out(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    _run(lambda: "Prüfung/\udcff.png")
+    out.seek(0)
+    assert out.read() == f"{shown}/\\udcff.png\n"

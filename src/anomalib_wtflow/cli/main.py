@@ -57,7 +57,8 @@ def _run(command: Callable[[], str]) -> None:
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
-    sys.stdout.write(f"{text}\n")
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(f"{text}\n".encode(encoding, "backslashreplace").decode(encoding))  # names need be no UTF-8
 
 
 def _calibration_parser() -> Any:
