@@ -250,7 +250,7 @@ def test_no_pre_processor_where_there_was_one_is_refused(trained: SimpleNamespac
         )
 
 
-def test_a_side_is_that_of_a_square(trained: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_side_is_that_of_a_square(trained: SimpleNamespace) -> None:
     checkpoint = checkpoint_rules.read(trained.checkpoint)
     settings = WTFlow(**{**SMALL, "image_size": (128, 128)}).settings
     checkpoint_rules.raise_for_other(checkpoint, settings, resuming=False)

@@ -44,7 +44,7 @@ def test_read_only_data(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["train/good/000.png", "ground_truth/scratch/000.png"])
 def test_what_may_not_be_read_is_named(images: Path, tmp_path: Path, place: str) -> None:
-    """An image, in each command; a mask; the folder itself."""
+    """An image, a mask, and the folder itself."""
     path, data = images / place, training(tmp_path / "data", epochs=1)
     path.chmod(0)
     sentence = "cannot be read (Permission denied): see to that or remove it, and run again."

@@ -17,12 +17,11 @@ FILES = {
 
 def available_memory() -> float:
     """Return how many bytes this process can still take without swapping; infinity where nothing says (not Linux)."""
-    return min(inf, *rooms())
+    return min(rooms(), default=inf)
 
 
 def rooms() -> Iterator[float]:
     """Yield what the machine has left, and each control group that has a limit and may be read."""
-    yield inf
     for line in lines(MACHINE):
         if line.startswith("MemAvailable"):
             yield 1024.0 * int(line.split()[1])

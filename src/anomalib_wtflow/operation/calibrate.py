@@ -18,11 +18,11 @@ from anomalib_wtflow.operation.checkpoint import load_model, to_device
 from anomalib_wtflow.operation.data import images_of
 from anomalib_wtflow.operation.fresh import fresh_ones
 from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
-from anomalib_wtflow.reporting.unjudged import first_few
+from anomalib_wtflow.reporting.data_sets import image_paths
+from anomalib_wtflow.reporting.unjudged import first_few, quoted
 from anomalib_wtflow.settings import check
 from anomalib_wtflow.training import checkpoint_rules
 from anomalib_wtflow.training.calibration import Scores, score_images
-from anomalib_wtflow.training.image_check import image_paths
 from anomalib_wtflow.writing import one_sentence_for, replace_whole
 
 LAYOUT = ("train", "test", "ground_truth")
@@ -122,11 +122,11 @@ class Calibrated:
         if self.trained_on:
             what = "whose scores promise nothing for new parts"
             lines.append(
-                f"Left out {len(self.trained_on)} that the model was trained with, {what}: {listed(self.trained_on)}."
+                f"Left out {len(self.trained_on)} that the model was trained with, {what}: {quoted(self.trained_on)}."
             )
         if self.copies:
             lines.append(
-                f"Left out {len(self.copies)} that are copies of others, and tell nothing new: {listed(self.copies)}."
+                f"Left out {len(self.copies)} that are copies of others, and tell nothing new: {quoted(self.copies)}."
             )
         for each in self.products:
             lines += each.sentences(self.false_alarm_rate, f" of '{each.product}'" if several else "")
@@ -184,7 +184,7 @@ def calibrate(
     allocate(post, len(model.product_names))
     before = post.image_threshold.clone(), post.pixel_threshold.clone()
     old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_product.cpu())
-    names, scored = names_below(images, Path(data)), score_images(model, images)
+    names, scored = [given[place] for place in places.fresh], score_images(model, images)
     new = enough(scored, old, len(model.product_names), post)
     set_thresholds(post, new, len(model.product_names), by_score(names, scored, scored.scores.isinf()))
     products = []
@@ -232,11 +232,6 @@ def by_score(names: Sequence[str], scored: Scores, chosen: Tensor) -> dict[str, 
     """Return the raw scores of some images, ``chosen`` being a mask ``(n,)``, by their names; the highest first."""
     order = scored.scores.argsort(descending=True, stable=True)
     return {names[k]: float(scored.scores[k]) for k in order[chosen[order]].tolist()}
-
-
-def listed(names: Sequence[str]) -> str:
-    """List some images, and say how many more there are."""
-    return first_few([repr(name) for name in names])
 
 
 def named(images: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 
-from anomalib_wtflow.reporting.verdicts import datasets
+from anomalib_wtflow.reporting.data_sets import datasets, image_paths
 from anomalib_wtflow.writing import one_sentence_for
 
 WAY = "make room there, or do without them by --model.visualizer false"
@@ -73,11 +73,9 @@ def _name(trainer: Any, path: str) -> Path:
 
 def images_of(dataset: Any) -> dict[str, str]:
     """List the images of a data set of anomalib's or ours, with their products where it tells them; else none."""
-    samples = getattr(dataset, "samples", None)
-    if samples is None:
-        return dict.fromkeys(map(str, getattr(dataset, "image_filenames", [])), "")
-    products = samples["product"] if "product" in samples else [""] * len(samples)
-    return dict(zip(map(str, samples["image_path"]), products, strict=True))
+    samples: Any = getattr(dataset, "samples", ())
+    paths = image_paths(dataset, masks=False)
+    return dict(zip(paths, samples["product"], strict=True)) if "product" in samples else dict.fromkeys(paths, "")
 
 
 def apart(pictures: Mapping[str, tuple[str, Path]]) -> dict[str, Path]:

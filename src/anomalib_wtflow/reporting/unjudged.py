@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from anomalib_wtflow.callers import call_of
-from anomalib_wtflow.reporting.verdicts import datasets
+from anomalib_wtflow.reporting.data_sets import datasets
 
 NAMED = 5
 """Most files, or kinds of them, that a sentence names."""
@@ -23,6 +23,11 @@ USUAL = ("thumbs.db", "desktop.ini")
 def first_few(names: Sequence[str]) -> str:
     """List some names, and say how many more there are."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def quoted(names: Sequence[str]) -> str:
+    """List some names as they are written, and say how many more there are."""
+    return first_few([repr(name) for name in names])
 
 
 def unlisted(folder: Path, listed: Iterable[str | Path], own: Path | None = None) -> list[Path]:
@@ -65,7 +70,7 @@ def warn_of_unlisted(folder: Path, listed: Iterable[str | Path], what: str, own:
     if late:
         rank_zero_warn(
             f"{len(late)} of the images in '{folder}' not {what}, since they came after it was listed: "
-            f"{first_few([repr(name) for name in late])}; run it again."
+            f"{quoted(late)}; run it again."
         )
     if names:
         count = sum(map(len, names.values()))

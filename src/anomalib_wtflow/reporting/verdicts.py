@@ -13,12 +13,13 @@ from typing import Any, TextIO
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from anomalib_wtflow.flow.rows import own
 from anomalib_wtflow.products import UNKNOWN
+from anomalib_wtflow.reporting.data_sets import datasets
 from anomalib_wtflow.reporting.summary import HIGHEST, Summary, show
 from anomalib_wtflow.writing import one_sentence_for, refusal
 
@@ -158,16 +159,6 @@ class Verdicts(Callback):
         if trainer.is_global_zero:
             with told(path), path.open("ab") as whole:
                 whole.write(text.partition(b"\n")[2])
-
-
-def datasets_of(loaders: Any) -> list[Any]:
-    """Return the data sets of a loader, or of several in a list or dict; None for a loader without one."""
-    return [getattr(loader, "dataset", None) for loader in CombinedLoader(loaders, "sequential").flattened]
-
-
-def datasets(trainer: Trainer) -> list[Any]:
-    """Return the data sets that a test or a prediction goes through, as :func:`datasets_of`."""
-    return datasets_of(trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders)
 
 
 def given(trainer: Trainer) -> int | None:

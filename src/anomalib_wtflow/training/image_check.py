@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-from anomalib_wtflow.reporting.verdicts import datasets_of
+from anomalib_wtflow.reporting.data_sets import datasets_of, image_paths
 from anomalib_wtflow.training.data_errors import explained
 
 NOT_IMAGES = (".npy", ".mp4", ".avi")
@@ -20,16 +20,6 @@ LOADERS = {
     TrainerFn.PREDICTING: ("predict_dataloaders",),
 }
 """Where a trainer keeps the loaders of a run; those of the run before it keeps, too."""
-
-
-def image_paths(dataset: Any, masks: bool = True) -> list[str]:
-    """List the image files of an anomalib data set, and those of its masks; empty for any other data set."""
-    samples = getattr(dataset, "samples", None)
-    if samples is None:
-        return [str(path) for path in getattr(dataset, "image_filenames", [])]
-    names = ("image_path", "mask_path") if masks else ("image_path",)
-    columns = [samples[name] for name in names if name in samples]
-    return [path for column in columns for path in column if isinstance(path, str) and path]
 
 
 def flaw(path: str, decode: bool) -> str | None:

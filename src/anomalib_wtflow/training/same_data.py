@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from anomalib_wtflow.training.image_check import image_paths
+from anomalib_wtflow.reporting.data_sets import image_paths
 
 SAMPLE = 4096
 """Bytes of a file that are read, from its middle: images of the same name and size can be others (BMP, TIFF)."""
