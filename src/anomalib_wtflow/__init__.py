@@ -6,7 +6,8 @@ The names below are loaded on first use, so that ``import anomalib_wtflow`` cost
 TYPE_CHECKING = False  # `typing` would cost every interpreter 15 ms, through the .pth file
 
 if TYPE_CHECKING:
-    from anomalib_wtflow.data.products import Products
+    from anomalib_wtflow.products.datamodule import Products
+    from anomalib_wtflow.baselines import FastflowBaseline
     from anomalib_wtflow.data.synthetic import SyntheticParts
     from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
     from anomalib_wtflow.lightning_model import WTFlow
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from anomalib_wtflow.operation.calibrate import calibrate
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
     from anomalib_wtflow.torch_model import WTFlowModel
-    from anomalib_wtflow.training.baselines import FastflowBaseline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FastflowBaseline": "training.baselines",
-    "Products": "data.products",
+    "FastflowBaseline": "baselines",
+    "Products": "products.datamodule",
     "SyntheticParts": "data.synthetic",
     "WTFlow": "lightning_model",
     "WTFlowLoss": "loss",
@@ -51,6 +51,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(msg)
     from importlib import import_module
 
+    import_module("anomalib_wtflow.reporting")
     return getattr(import_module(f"anomalib_wtflow.{_HOMES[name]}"), name)
 
 

@@ -35,7 +35,6 @@ class PluginLoader:
     def exec_module(self, module: Any) -> None:
         """Load ``anomalib.models``, then the plugin; the module keeps the other loader."""
         module.__spec__.loader = module.__loader__ = self.loader
-        prepare()
         self.loader.exec_module(module)
         load_plugin()
 
@@ -76,22 +75,13 @@ def is_ours(finder: Any) -> bool:
     return type(finder).__module__ == __name__
 
 
-def prepare() -> None:
-    """Leave out what ``anomalib.models`` warns of while it loads, under the command line only."""
-    try:
-        from anomalib_wtflow.cli.quiet import quiet_warnings
-
-        quiet_warnings()
-    except Exception:  # load_plugin says what is wrong
-        return
-
-
 def load_plugin() -> None:
     """Import the modules that register themselves with anomalib; warn, and leave anomalib usable, if that fails."""
     try:
-        import anomalib_wtflow.data.products
         import anomalib_wtflow.data.synthetic
-        import anomalib_wtflow.lightning_model  # noqa: F401
+        import anomalib_wtflow.lightning_model
+        import anomalib_wtflow.products.datamodule
+        import anomalib_wtflow.reporting  # noqa: F401
     except Exception as error:
         import warnings
 

@@ -1,9 +1,18 @@
 """Registration with anomalib 2.7: the only module that knows anomalib's internals."""
 
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _Class = TypeVar("_Class", bound=type)
+
+REPORTS: list[type[Any]] = []
+"""Callbacks that report on tests and predictions. A model adds them to its own, and knows no report."""
+
+
+def register_report(cls: _Class) -> _Class:
+    """Class decorator: have each model add a callback of this class."""
+    REPORTS.append(cls)
+    return cls
 
 
 def register_model(cls: _Class) -> _Class:

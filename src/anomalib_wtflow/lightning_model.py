@@ -1,50 +1,47 @@
 """WT-Flow as an anomalib model."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor, nn, optim
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
+from tqdm import tqdm
 
-from anomalib_wtflow._registration import register_model
-from anomalib_wtflow.cli.errors import one_sentence, plain_errors
-from anomalib_wtflow.cli.quiet import quiet_logs
+from anomalib_wtflow import __version__
+from anomalib_wtflow._registration import REPORTS, register_model
+from anomalib_wtflow.checkpoint import KEY, raise_for_content, raise_for_settings, read_checkpoint
+from anomalib_wtflow.conformal import Scores, images_needed
 from anomalib_wtflow.deploy.exports import Exports
+from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, get_data_config, get_image_size
-from anomalib_wtflow.features.cache import FeatureBatch
-from anomalib_wtflow.flow.schedule import SCHEDULERS
-from anomalib_wtflow.loss import WTFlowLoss
+from anomalib_wtflow.features.store import FeatureStore, Row
+from anomalib_wtflow.fit import fit_model, hold_out, score_rows
+from anomalib_wtflow.images import good_validation_images, marks_of, raise_for_broken, raise_for_deep
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.products import Recognition
 from anomalib_wtflow.settings import ARGUMENTS, Settings, documented, get_overrides, get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
-from anomalib_wtflow.training import callbacks
-from anomalib_wtflow.training.checkpoints import Checkpoints
-from anomalib_wtflow.training.epoch_default import EpochDefault
-from anomalib_wtflow.training.product_set import ProductSet
-from anomalib_wtflow.training.scoring import Scoring
-from anomalib_wtflow.training.seeding import NOISE, generator_for
 
 
 @register_model
 @documented
-class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibModule):
+class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
     """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
 
-    Where an argument that is None by default is left out, the recipe's value holds. Anything given to the trainer
-    (``max_epochs``, ``max_steps``, ``max_time``) wins over ``max_epochs`` here.
+    The training epoch collects the features of good images, as PatchCore's does. Then :meth:`fit` trains the field on
+    them, once, and the engine validates, tests and saves. ``max_epochs`` is the fit's.
 
     Args:
         recipe: Named settings to start from: ``default``, or ``paper`` for the authors' recipe.
@@ -56,12 +53,10 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         visualizer: As in anomalib.
 
     Raises:
-        ValueError: If a name is unknown or a number is out of range; the message lists what is valid.
-        RuntimeError: If the backbone's weights cannot be fetched.
+        WTFlowError: If a name is unknown or a number is out of range; the message lists what is valid.
     """
 
     model: WTFlowModel
-    loss: WTFlowLoss
 
     def __init__(
         self,
@@ -84,18 +79,19 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ARGUMENTS and value is not None}
         given["false_alarm_rate"] = false_alarm_rate
-        quiet_logs()
-        plain_errors()
-        with one_sentence():
-            self.settings = get_settings(recipe, **{**get_overrides(overrides), **given})
-            if pre_processor is True:
-                pre_processor = self.configure_pre_processor(self.settings.image_size, self.settings.backbone)
-            super().__init__(pre_processor, post_processor, evaluator, visualizer)
-            self.max_epochs = self.settings.max_epochs
-            self.model = WTFlowModel(self.settings)
-            self.loss = WTFlowLoss()
-            if self.settings.start_from is not None:
-                self.start_from(self.settings.start_from)
+        self.settings = get_settings(recipe, **{**get_overrides(overrides), **given})
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(self.settings.image_size, self.settings.backbone)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.model = WTFlowModel(self.settings)
+        self.store = FeatureStore(0)
+        self.products: list[str] = [""]
+        self.known_products: list[str] = []
+        """Products of the model that the training starts from."""
+        self.marks = {"training": marks_of([]), "calibration": marks_of([])}
+        """Marks of the images that the field was trained on, and of those that the threshold comes from."""
+        if self.settings.start_from is not None:
+            self._start_from(self.settings.start_from)
 
     # Components ------------------------------------------------------------------------------------------------------
 
@@ -106,15 +102,14 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         """Build the pre-processor: resize, then ``(x - mean) / std`` with the backbone's own mean and deviation.
 
         The resize is not antialiased: exported graphs cannot antialias, and where training could, the scores of good
-        images larger than ``image_size`` would rise in production (by a fifth, on bottles of twice the size), and the
-        false-alarm rate with them.
+        images larger than ``image_size`` would rise in production, and the false-alarm rate with them.
 
         Args:
             image_size: Side, or height and width, in pixels; None for the backbone's own.
             backbone: Name of the timm model that the statistics belong to.
 
         Raises:
-            ValueError: If the backbone is unknown.
+            WTFlowError: If the backbone is unknown.
         """
         config = get_data_config(backbone)
         resize = Resize(get_image_size(backbone, image_size), antialias=False)
@@ -125,58 +120,159 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         return WTFlowPostProcessor(self.settings.false_alarm_rate)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add WTFlow's callbacks to anomalib's components."""
+        """Add the registered reports to anomalib's components."""
         components = super().configure_callbacks()
-        return [*(components if isinstance(components, Sequence) else [components]), *callbacks.of(self)]
+        assert isinstance(components, Sequence)
+        return [*components, *(report() for report in REPORTS)]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No validation before training: there is nothing to validate until the normalisation is fitted."""
-        return {"num_sanity_val_steps": 0}
+        """One epoch, which collects features; nothing to validate before it."""
+        return {"max_epochs": 1, "num_sanity_val_steps": 0}
 
     @property
     def learning_type(self) -> LearningType:
         """One-class: trained on normal images only."""
         return LearningType.ONE_CLASS
 
-    # Steps -----------------------------------------------------------------------------------------------------------
+    def configure_optimizers(self) -> None:
+        """Build none: :meth:`fit` has its own."""
 
-    def training_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Regress the field on one batch.
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Start a new fit."""
+        self._is_fitted = torch.tensor([False], device=self.device)
+        s = self.settings
+        self.store = FeatureStore(s.feature_memory * 2**30 / self.trainer.world_size, s.seed + self.global_rank)
+
+    @torch.no_grad()
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Collect the features of one batch."""
+        del args, kwargs
+        assert isinstance(batch.image, Tensor)
+        features = self.model.extract(batch.image)
+        paths = getattr(batch, "image_path", None) or [""] * len(features)
+        raise_for_deep(paths)
+        raise_for_broken("features", paths, batch.image, features)
+        products = getattr(batch, "product", None) or [self._product_name()] * len(features)
+        self.store.add(features, paths, products)
+        self.image_size = tuple(batch.image.shape[-2:])
+        return torch.zeros((), requires_grad=True)  # Lightning wants a loss
+
+    def fit(self) -> None:
+        """Fit the model to the features collected, in every process alike; :class:`MemoryBankMixin` calls this once.
 
         Raises:
-            RuntimeError: If the loss is NaN or infinite.
+            WTFlowError: If there are no training images, or too few of a product.
+        """
+        world, strategy = self.trainer.world_size, self.trainer.strategy
+        if world > 1:
+            self.store = self.store.gathered(strategy.broadcast, world, self.global_rank)
+        rows, self.store = self.store.rows(), FeatureStore(0)
+        if not rows:
+            msg = "There are no training images: check the folders of the data module, or load a trained checkpoint."
+            raise WTFlowError(msg)
+        validation, held = self._choose_threshold_images(rows)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            self._set_products(sorted({row.product for row in rows}))
+            kept = [row for row, is_held in zip(rows, held.tolist(), strict=True) if not is_held]
+            calibration = [row for row, is_held in zip(rows, held.tolist(), strict=True) if is_held]
+            rows.clear()
+            self._fit_model(kept)
+            if world > 1:  # the processes differ by rounding
+                self.load_state_dict(strategy.broadcast(self.state_dict()))
+            self.marks["training"] = marks_of([row.path for row in kept])
+            self._begin_thresholds(calibration, validation)
+
+    def _fit_model(self, rows: list[Row]) -> None:
+        index = torch.tensor([self.products.index(row.product) for row in rows])
+        shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+
+        def log(epoch: int, loss: float) -> None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({"train_loss": loss}, epoch)
+
+        losses = fit_model(
+            self.model,
+            [row.features for row in rows],
+            index,
+            self.image_size,
+            lambda epochs: tqdm(epochs, "Fitting the field", leave=False, disable=not shown, unit="epoch"),
+            log,
+        )
+        if len(losses) < self.settings.max_epochs:
+            rank_zero_info(f"The fit stopped after {len(losses)} epochs: the loss no longer falls (setting plateau).")
+
+    def _choose_threshold_images(self, rows: list[Row]) -> tuple[set[str], Tensor]:
+        """Return the validation images that the threshold comes from, and a mask of the training images held out."""
+        rate = getattr(self.post_processor, "false_alarm_rate", None)
+        if rate is None:
+            return set(), torch.zeros(len(rows), dtype=torch.bool)
+        training = {row.path: row.product for row in rows}
+        good = good_validation_images(self.trainer, training)
+        products = [row.product for row in rows]
+        enough = all(list(good.values()).count(name) >= images_needed(rate) for name in set(products))
+        held = torch.zeros(len(rows), dtype=torch.bool) if enough else hold_out(products, self.settings.calibration_ratio)
+        return set(good), held
+
+    def _begin_thresholds(self, held: list[Row], validation: set[str]) -> None:
+        post = self.post_processor
+        if not isinstance(post, WTFlowPostProcessor) or post.false_alarm_rate is None:
+            return
+        scores = None
+        if held:
+            scores = Scores.of(*score_rows(self.model, [row.features for row in held], self.image_size))
+        self.marks["calibration"] = marks_of([*(row.path for row in held), *validation])
+        post.begin(self.products, validation, scores)
+        if not self.trainer.validating:
+            post.set_thresholds(self.trainer)
+
+    # Products --------------------------------------------------------------------------------------------------------
+
+    def _product_name(self) -> str:
+        """Return what the images of a data module without products show: its category, or its name."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return str(getattr(datamodule, "category", None) or getattr(datamodule, "name", "parts"))
+
+    def _set_products(self, names: list[str]) -> None:
+        missing = [name for name in self.known_products if name not in names]
+        if missing:
+            msg = (
+                f"The model of start_from knows the product '{missing[0]}', which has no training images here: give "
+                f"the images of all its products ({', '.join(self.known_products)})."
+            )
+            raise WTFlowError(msg)
+        self.products = [*self.known_products, *(name for name in names if name not in self.known_products)]
+        self.model.set_products(len(self.products), len(self.known_products))
+        if not self.known_products:
+            self.model.field.load_state_dict(self.model.build_field().state_dict())
+
+    def _start_from(self, path: str | Path) -> None:
+        """Take field, statistics and products of a trained model."""
+        checkpoint = read_checkpoint(path)
+        raise_for_settings(checkpoint, self.settings)
+        state = checkpoint["state_dict"]
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        self.known_products = self.products = list(checkpoint[KEY]["products"])
+
+    # Scoring ---------------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score one batch of images.
+
+        Raises:
+            WTFlowError: If an image has more than 8 bits a channel, or its score or map is NaN or infinite.
         """
         del args, kwargs
-        x0: Any
-        if isinstance(batch, FeatureBatch):
-            x0, product = batch.features, batch.product
-        else:
-            x0, product, _ = self.model.normalise(self.model.extract(batch.image))  # type: ignore[arg-type]
-        # Batches, not optimiser steps: batches whose gradients are accumulated draw each for itself.
-        place, rank = self.trainer.fit_loop.total_batch_idx, self.global_rank
-        generator = generator_for(self.settings.seed, NOISE, place, rank, self.device)
-        loss = self.loss(*self.model.regress(x0, generator, product=product))
-        value = loss.item()
-        if not math.isfinite(value):
-            self._stop(f"The training loss became {value} in epoch {self.current_epoch}")
-        self.log(
-            "train_loss", value, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x0), sync_dist=True
-        )  # fmt: skip
-        return {"loss": loss}
-
-    def validation_step(self, batch: Batch | FeatureBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score one batch of images, or of their features."""
-        del args, kwargs
-        predictions: Any = (
-            self.model.score(batch.features, batch.image_size, batch.product, batch.strangeness)  # type: ignore[arg-type]
-            if isinstance(batch, FeatureBatch)
-            else self.model(batch.image)
-        )
+        assert isinstance(batch.image, Tensor)
+        paths = getattr(batch, "image_path", None) or [""] * len(batch.image)
+        raise_for_deep(paths)
+        predictions = self.model(batch.image)
+        raise_for_broken("score", paths, predictions.pred_score, predictions.anomaly_map)
         # anomalib's batches have no fields for these.
-        batch.recognition = Recognition(predictions.product, predictions.strangeness)  # type: ignore[union-attr]
-        batch.raw_score = predictions.pred_score  # type: ignore[union-attr]
-        self._finite(predictions, batch)
+        batch.recognition = predictions.recognition  # type: ignore[attr-defined]
+        batch.raw_score = predictions.pred_score  # type: ignore[attr-defined]
         return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
 
     def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -188,28 +284,44 @@ class WTFlow(EpochDefault, ProductSet, Scoring, Checkpoints, Exports, AnomalibMo
         return self.validation_step(batch, *args, **kwargs)
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
-        """Score images as an export does: pre-processed, normalised and labelled.
-
-        Raises:
-            RuntimeError: If the model is in training mode, as after a training.
-        """
-        if self.training:
-            msg = "The model is in training mode, in which it judges no images: call its eval() before."
-            raise RuntimeError(msg)
+        """Score images as an export does: pre-processed, normalised and labelled."""
         result = super().forward(batch, *args, **kwargs)
-        return (
-            result
-            if isinstance(result, InferenceBatch)
-            else InferenceBatch(result.pred_score, None, result.anomaly_map)
+        if isinstance(result, InferenceBatch):
+            return result
+        return InferenceBatch(result.pred_score, None, result.anomaly_map)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed."""
+        return super().load_from_checkpoint(
+            *args, **{"pre_trained": False, "weights": None, "start_from": None, **kwargs}
         )
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build AdamW and its schedule for the field; the backbone is frozen."""
-        s = self.settings
-        # Fused, a training step takes 15 % less on two cores; Lightning then cannot clip under mixed precision.
-        fused = self.device.type == "cpu" and not isinstance(self.trainer.precision_plugin, MixedPrecision)
-        parameters = self.model.field.parameters()
-        optimizer = optim.AdamW(parameters, lr=s.learning_rate, weight_decay=s.weight_decay, fused=fused or None)
-        schedule = SCHEDULERS[s.scheduler](self.trainer.estimated_stepping_batches)
-        scheduler = optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the version, the settings, the products and the marks of images."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY] = {
+            "version": __version__,
+            "settings": self._settings_in_force.plain(),
+            "products": self.products,
+            "marks": self.marks,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or version, or with NaN; take over its products.
+
+        Raises:
+            WTFlowError: If it is refused.
+        """
+        raise_for_content(checkpoint)
+        raise_for_settings(checkpoint, self._settings_in_force)
+        self.products, self.marks = checkpoint[KEY]["products"], checkpoint[KEY]["marks"]
+        super().on_load_checkpoint(checkpoint)
+
+    @property
+    def _settings_in_force(self) -> Settings:
+        """The settings, with the false-alarm rate of a post-processor that the user built."""
+        rate = getattr(self.post_processor, "false_alarm_rate", self.settings.false_alarm_rate)
+        return replace(self.settings, false_alarm_rate=rate)

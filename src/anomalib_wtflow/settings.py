@@ -5,14 +5,15 @@ this module knows the parts and none of them knows it.
 """
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache
 from inspect import cleandoc, signature
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from anomalib_wtflow.anomaly_map import DENSITIES, IMAGE_SCORES, MAPS
+from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.field import FIELDS
@@ -21,66 +22,9 @@ from anomalib_wtflow.flow.path import PATHS
 from anomalib_wtflow.flow.registry import lookup
 from anomalib_wtflow.flow.schedule import SCHEDULERS
 from anomalib_wtflow.flow.solver import SOLVER_NAMES
+from anomalib_wtflow.rules import FILE, SHARE, SWITCH, TEXT, Rule, is_names, is_size, number, one_of, optional, whole
 
 _Class = TypeVar("_Class", bound=type)
-
-
-class Rule(NamedTuple):
-    """What a value must be: a test, and the words for "choose …" in the error."""
-
-    holds: Callable[[Any], bool]
-    advice: str
-    names: tuple[str, ...] = ()
-
-
-def one_of(table: Mapping[str, Any]) -> Rule:
-    """One of the names of a table."""
-    return Rule(lambda value: isinstance(value, str) and value in table, "", tuple(table))
-
-
-def number(what: str, interval: str) -> Rule:
-    """A number in an interval, written ``[low, high)``."""
-    low, high = (float(text) for text in interval[1:-1].split(","))
-
-    def holds(value: Any) -> bool:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return False
-        above = value > low or (interval[0] == "[" and value == low)
-        return above and (value < high or (interval[-1] == "]" and value == high))
-
-    return Rule(holds, f"{what} in {interval}")
-
-
-def whole(least: int, step: int = 1, what: str = "a whole number") -> Rule:
-    """A whole number: ``least``, ``least + step``, …."""
-
-    def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least and (value - least) % step == 0
-
-    return Rule(holds, f"{what} of at least {least}")
-
-
-def optional(rule: Rule) -> Rule:
-    """None, or what a rule says."""
-    return Rule(lambda value: value is None or rule.holds(value), rule.advice, rule.names)
-
-
-def _is_size(value: Any) -> bool:
-    if value is None or whole(1).holds(value):
-        return True
-    return isinstance(value, tuple | list) and len(value) == 2 and all(whole(1).holds(side) for side in value)
-
-
-def _is_names(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)
-
-
-TEXT = Rule(lambda value: isinstance(value, str), "a name")
-SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
-FILE = Rule(lambda value: value is None or isinstance(value, str | Path), "the path of a file")
-SHARE = number("a share", "(0, 1)")._replace(advice="a share between 0 and 1, such as 0.05")
 
 
 def setting(default: Any, rule: Rule, meaning: str, *, scores: bool = True) -> Any:
@@ -102,7 +46,7 @@ class Settings:
     Each field's ``metadata`` holds its meaning and its rule; ``anomalib-wtflow settings`` prints them.
 
     Raises:
-        ValueError: If a value is not what its setting's rule says; one sentence names it and says what to choose.
+        WTFlowError: If a value is not what its setting's rule says; one sentence names it and says what to choose.
     """
 
     # Features
@@ -114,7 +58,7 @@ class Settings:
     )
     layers: tuple[str, ...] | None = setting(
         None,
-        Rule(_is_names, "a list of layer names, finest first"),
+        Rule(is_names, "a list of layer names, finest first"),
         "Feature layers, finest first, as timm names them; null for those at strides 4, 8 and 16, or the last if there "
         "are none, and for three blocks spread over the middle of a plain transformer.",
     )
@@ -127,7 +71,7 @@ class Settings:
     )
     image_size: int | tuple[int, int] | None = setting(
         None,
-        Rule(_is_size, "a side, or a height and a width, in pixels"),
+        Rule(is_size, "a side, or a height and a width, in pixels"),
         "Side, or height and width, that images are resized to; null for the backbone's own. A transformer takes "
         "multiples of its patch.",
     )
@@ -182,7 +126,7 @@ class Settings:
     top_fraction: float = setting(
         0.03, number("a share of the values", "(0, 1]"), "Share of the values that makes the image score."
     )
-    contrast: float | None = setting(
+    background_slope: float | None = setting(
         None,
         optional(number("a slope", "[0, 1]")),
         "How much of the image's level (its lower quartile) the image score leaves out; null for the slope in "
@@ -204,16 +148,9 @@ class Settings:
         scores=False,
     )
 
-    # Reports
-    verdicts: bool = setting(
-        True,
-        SWITCH,
-        "Whether test and predict write scores.csv and scores.json, a row for each image, and print what is in them.",
-        scores=False,
-    )
-
     # Training
-    max_epochs: int = setting(80, whole(1), "Most epochs, unless the trainer is told otherwise.", scores=False)
+    max_epochs: int = setting(80, whole(1), "Most epochs of the fit.", scores=False)
+    batch_size: int = setting(32, whole(1), "Images in a training step of the fit.", scores=False)
     plateau: float = setting(
         0.01,
         number("a share", "[0, 1)"),
@@ -225,6 +162,7 @@ class Settings:
         0.2,
         number("a share", "[0, 1)"),
         "Share of the training steps, the last ones, over which the weights are averaged; 0 for the last weights.",
+        scores=False,
     )
     importance: float = setting(
         1.0,
@@ -247,11 +185,11 @@ class Settings:
         "Checkpoint of a trained model, from whose field, with its products, the training goes on; null to start anew.",
         scores=False,
     )
-    feature_cache: float = setting(
+    feature_memory: float = setting(
         4.0,
-        number("GiB of memory (0 for no cache)", "[0, inf)"),
-        "GiB of memory for the features of the training images, and as much for those of the validation images; beyond "
-        "it they go to a memory-mapped temporary file. 0: all images pass the backbone in every epoch.",
+        number("GiB of memory", "(0, inf)"),
+        "GiB of memory for the features of the training images. Of more images, a uniform sample of each product is "
+        "kept; 4 GiB hold 23,000 images of the default backbone.",
         scores=False,
     )
     seed: int = setting(
@@ -287,11 +225,12 @@ PAPER = {
     "anomaly_map": "relative",
     "sigma": 0.0,
     "image_score": "map",
-    "contrast": 0.0,
+    "background_slope": 0.0,
     "max_epochs": 100,
     "plateau": 0.0,
     "averaging": 0.0,
     "importance": 0.0,
+    "batch_size": 8,
     "learning_rate": 1e-4,
     "scheduler": "step",
 }
@@ -322,7 +261,7 @@ def check(name: str, value: Any) -> None:
     """Check the value of one setting.
 
     Raises:
-        ValueError: If it is not what the setting's rule says.
+        WTFlowError: If it is not what the setting's rule says.
     """
     rule: Rule = declared()[name].metadata["rule"]
     if rule.holds(value):
@@ -330,7 +269,7 @@ def check(name: str, value: Any) -> None:
     if rule.names:
         lookup(dict.fromkeys(rule.names), name.replace("_", " "), str(value))
     msg = f"{name} is {value!r}: choose {rule.advice}."
-    raise ValueError(msg)
+    raise WTFlowError(msg)
 
 
 def get_settings(recipe: str = "default", **changes: Any) -> Settings:
@@ -341,7 +280,7 @@ def get_settings(recipe: str = "default", **changes: Any) -> Settings:
         **changes: Settings by name.
 
     Raises:
-        ValueError: If the recipe or a setting is unknown, or a value is not valid.
+        WTFlowError: If the recipe or a setting is unknown, or a value is not valid.
     """
     base = lookup(RECIPES, "recipe", recipe)
     for name in changes:
@@ -358,15 +297,15 @@ def get_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a model's overrides, which name none of its own arguments.
 
     Raises:
-        ValueError: If they are no mapping, or a setting among them is an argument of its own.
+        WTFlowError: If they are no mapping, or a setting among them is an argument of its own.
     """
     if not isinstance(overrides, Mapping | None):
         msg = f"overrides is {overrides!r}: give settings by name, as {{'coupling': 'independent'}}."
-        raise ValueError(msg)
+        raise WTFlowError(msg)
     for name in overrides or {}:
         if name in ARGUMENTS:
             msg = f"'{name}' stands among the overrides: it is an argument of its own, so give it as {option(name)}."
-            raise ValueError(msg)
+            raise WTFlowError(msg)
     return dict(overrides or {})
 
 

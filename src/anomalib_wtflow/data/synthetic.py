@@ -6,19 +6,20 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from anomalib.data import Folder
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from PIL import Image
 
 from anomalib_wtflow._registration import register_datamodule
 from anomalib_wtflow.data.drawing import DEFECTS, draw_part
-from anomalib_wtflow.data.layout import AnyFolder
+from anomalib_wtflow.errors import WTFlowError
 
 VERSION = 1
 """Raised when the drawings change, so that an old folder is not taken for a new one."""
 
 
 @register_datamodule
-class SyntheticParts(AnyFolder):
+class SyntheticParts(Folder):
     """Drawn flanges with scratches, stains and missing pieces, and their masks.
 
     Synthetic: what a model scores here proves nothing about real parts.
@@ -41,7 +42,7 @@ class SyntheticParts(AnyFolder):
         seed: Seed of the drawings and of the split.
 
     Raises:
-        ValueError: If a number of images or the size is too small.
+        WTFlowError: If a number of images or the size is too small.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class SyntheticParts(AnyFolder):
                 f"SyntheticParts was asked for {train_images}, {test_images} and {defect_images} images of "
                 f"{side} pixels: draw at least 1 of each kind, of at least 32 pixels (and of product 0, 1, …)."
             )
-            raise ValueError(msg)
+            raise WTFlowError(msg)
         self.train_images, self.test_images, self.defect_images = train_images, test_images, defect_images
         self.side, self.product = side, product
         which = f"_product{product}" if product else ""

@@ -16,11 +16,11 @@ from torch import nn
 from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
 from anomalib_wtflow.deploy.quantization import count_convolutions, fitting, keep_precise, quantize
 from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
+from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.solver import not_exportable
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import Settings
-from anomalib_wtflow.training.calibration import Chosen, choose, score_images
-from anomalib_wtflow.writing import one_sentence_for
+from anomalib_wtflow.torch_model import broken_tensors
 
 OPSET = 18
 RANGE_IMAGES = 128
@@ -42,16 +42,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def told(export: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-    """Say that the root folder among an export's arguments takes no file."""
-    root = Path(signature(export).bind_partial(*args, **kwargs).arguments.get("export_root", "."))
-    way = (
-        "make room there, or give --export_root another folder (TMPDIR, if this is a temporary one); what is there of "
-        "this export is not whole"
-    )
-    return one_sentence_for("The export", root, way)
-
-
 class Exports:
     """Mixin before anomalib's ``ExportMixin``, whose methods are the only way into its exports.
 
@@ -63,8 +53,7 @@ class Exports:
     model: Any
     settings: Settings
     post_processor: Any
-    product_names: Sequence[str]
-    raise_for_broken_weights: Callable[[], None]
+    products: Sequence[str]
     _thresholds_of: tuple[Any, ...] = ()
     """Post-processor with the thresholds of the graph that is being written; in a tuple, not a part of the model."""
 
@@ -77,7 +66,7 @@ class Exports:
         """
         self._check_exportable()
         parent: Any = super()
-        with told(parent.to_torch, args, kwargs), frozen(self):  # type: ignore[arg-type]
+        with frozen(self):  # type: ignore[arg-type]
             return parent.to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,9 +79,8 @@ class Exports:
         self._check_exportable()
         # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
         parent: Any = super()
-        with told(parent.to_onnx, args, kwargs):
-            path = parent.to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})
-            write_onnx(path, describe(self, self.post_processor, "FP32", promised=True))
+        path = parent.to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})
+        write_onnx(path, describe(self, self.post_processor, "FP32", promised=True))
         return path
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
@@ -111,15 +99,14 @@ class Exports:
         compression, data = given.get("compression_type"), given.get("datamodule")
         self._thresholds_of = (copy.deepcopy(self.post_processor),)
         try:
-            with told(parent.to_openvino, args, kwargs):
-                with placed(self.post_processor) if self._calibrates(compression) else nullcontext():
-                    path = parent.to_openvino(*args, **kwargs)
-                promised = compression in (None, CompressionType.FP16) or (
-                    self._calibrates(compression) and data is not None
-                )
-                precision = "FP32" if compression is None else CompressionType(compression).name
-                write_openvino(path, describe(self, *self._thresholds_of, precision, promised))
-                keep_precise(path, count_convolutions(self.model.feature_extractor))
+            with placed(self.post_processor) if self._calibrates(compression) else nullcontext():
+                path = parent.to_openvino(*args, **kwargs)
+            promised = compression in (None, CompressionType.FP16) or (
+                self._calibrates(compression) and data is not None
+            )
+            precision = "FP32" if compression is None else CompressionType(compression).name
+            write_openvino(path, describe(self, *self._thresholds_of, precision, promised))
+            keep_precise(path, count_convolutions(self.model.feature_extractor))
         finally:
             self._thresholds_of = ()
         return path
@@ -133,7 +120,7 @@ class Exports:
         (post,) = self._thresholds_of or (None,)
         if post is None or not self._calibrates(compression_type):
             return result
-        thresholds = GraphThresholds(result, len(self.product_names))
+        thresholds = GraphThresholds(result, len(self.products))
         if datamodule is None:
             rank_zero_warn(
                 f"{compression_type.name} moves the scores, and the thresholds were set before it: give the export the "
@@ -144,7 +131,7 @@ class Exports:
             self._raise_for_others(data, post)
             images = fitting(model, (data[index].image[None].numpy() for index in range(len(data))))
             scores = thresholds.scores(images)
-            post.calibrate(*scores, count=len(self.product_names))
+            post.calibrate(*scores, count=len(self.products))
         for name in NAMES:
             thresholds.set(name, post.get_buffer(name))
         return result
@@ -185,14 +172,17 @@ class Exports:
             )
             raise ValueError(msg)
 
-    def _chosen(self, datamodule: AnomalibDataModule) -> Chosen:
+    def _chosen(self, datamodule: AnomalibDataModule) -> Any:
         """Find the images that the threshold of a training with this data comes from."""
         datamodule.setup("fit")
         return choose(datamodule, self.settings.calibration_ratio)
 
     def _check_exportable(self) -> None:
         if not self.model.solver.exportable:
-            raise ValueError(not_exportable(self.model.solver.name))
-        self.raise_for_broken_weights()
+            raise WTFlowError(not_exportable(self.model.solver.name))
+        broken = next(broken_tensors(self.model.state_dict()), None)
+        if broken is not None:
+            msg = f"'{broken}' of the model is NaN or infinite: load another checkpoint, or train the model again."
+            raise WTFlowError(msg)
         if isinstance(self.post_processor, WTFlowPostProcessor):
             self.post_processor.raise_for_no_threshold()

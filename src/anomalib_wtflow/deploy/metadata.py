@@ -31,8 +31,8 @@ def describe(model: Any, post: Any, precision: str, promised: bool) -> dict[str,
         rates = post.promised_false_alarm_rate
         if promised and not rates.isnan().any():
             said["promised_false_alarm_rate"] = _numbers(rates.tolist())
-    if len(model.product_names) > 1:
-        said["products"] = json.dumps(list(model.product_names), ensure_ascii=False)
+    if len(model.products) > 1:
+        said["products"] = json.dumps(list(model.products), ensure_ascii=False)
     return said
 
 

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.registry import lookup
 
 
@@ -19,7 +20,7 @@ def _assign(inner: Tensor, maximize: bool) -> Tensor:
     matrices = inner.detach().float().cpu()
     if not matrices.isfinite().all():
         msg = "The features or the noise hold NaN or infinite values: check the weights file and the images."
-        raise ValueError(msg)
+        raise WTFlowError(msg)
     columns = [linear_sum_assignment(matrix, maximize=maximize)[1] for matrix in matrices.numpy()]
     return torch.stack([torch.from_numpy(column) for column in columns]).to(inner.device)
 
@@ -94,6 +95,6 @@ def get_coupling(name: str) -> Coupling:
     """Return a coupling by name.
 
     Raises:
-        ValueError: If the name is unknown.
+        WTFlowError: If the name is unknown.
     """
     return lookup(COUPLINGS, "coupling", name)

@@ -56,7 +56,7 @@ class PointwiseConv(nn.Conv2d):
 class PointwiseField(nn.Module):
     """The same residual network at every position: 1x1 convolutions only (ours).
 
-    ``h = A x + B silu(M x + T emb(t) + E c)``, c being the condition, then ``h <- h + B' silu(M' h + T' emb(t))`` for
+    ``h = A x + B silu(M x + T emb(t) + E c)``, c being the class embedding, then ``h <- h + B' silu(M' h + T' emb(t))`` for
     each further block, ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide
     in its neighbourhood, and its cost is a few matrix products.
 
@@ -64,35 +64,35 @@ class PointwiseField(nn.Module):
         channels: Feature channels C.
         width: Hidden channels, even.
         depth: Number of residual blocks.
-        condition: Channels of the condition; its map E starts at 0.
+        class_channels: Channels of the class embedding, whose map E starts at 0.
     """
 
     min_size = 1
     pointwise = True
 
-    def __init__(self, channels: int, width: int = 256, depth: int = 1, condition: int = 0) -> None:
+    def __init__(self, channels: int, width: int = 256, depth: int = 1, class_channels: int = 0) -> None:
         super().__init__()
-        self.condition = nn.Parameter(torch.zeros(width, condition))
-        self.embedding = TimeEmbedding(width)
+        self.class_map = nn.Parameter(torch.zeros(width, class_channels))
+        self.time_embedding = TimeEmbedding(width)
         self.stem = PointwiseConv(channels, width)
         self.inner = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))
         self.time = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outer = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth))
         self.head = PointwiseConv(width, channels)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
         """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all.
 
         Args:
             x: The points.
             t: The times.
-            condition: ``(N, condition)``, or ``(1, condition)`` for all; None for 0.
+            class_embedding: ``(N, class_channels)``, or ``(1, class_channels)`` for all; None for 0.
         """
-        embedding = self.embedding(t)
+        embedding = self.time_embedding(t)
         h, z = self.stem(x), x
         biases = [time(embedding) for time in self.time]
-        if condition is not None:
-            biases[0] = biases[0] + F.linear(condition, self.condition)
+        if class_embedding is not None:
+            biases[0] = biases[0] + F.linear(class_embedding, self.class_map)
         for inner, bias, outer in zip(self.inner, biases, self.outer, strict=True):
             h = z = h + outer(F.silu(inner(z) + bias[:, :, None, None]))
         return self.head(F.silu(h))
@@ -138,32 +138,32 @@ class UNetField(nn.Module):
         channels: Feature channels C.
         width: b, even.
         depth: Residual blocks in each down and up stage.
-        condition: Channels of the condition, whose map is added to the time's embedding; it starts at 0 (ours).
+        class_channels: Channels of the class embedding, whose map is added to the time's and starts at 0 (ours).
     """
 
     min_size = 8
     pointwise = False
 
-    def __init__(self, channels: int, width: int = 48, depth: int = 2, condition: int = 0) -> None:
+    def __init__(self, channels: int, width: int = 48, depth: int = 2, class_channels: int = 0) -> None:
         super().__init__()
-        self.condition = nn.Parameter(torch.zeros(width, condition))
+        self.class_map = nn.Parameter(torch.zeros(width, class_channels))
 
         def stage(inputs: int, outputs: int) -> nn.ModuleList:
             widths = [inputs] + [outputs] * depth
             return nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], width) for i in range(depth))
 
-        self.embedding = TimeEmbedding(width)
+        self.time_embedding = TimeEmbedding(width)
         self.stem = nn.Conv2d(channels, width, 1)
         self.down = nn.ModuleList([stage(width, 2 * width), stage(2 * width, 4 * width)])
         self.middle = ResidualBlock(4 * width, 4 * width, width)
         self.up = nn.ModuleList([stage(8 * width, 2 * width), stage(4 * width, width)])
         self.head = nn.Conv2d(width, channels, 1)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
         """Return the velocity at points ``(N, C, H, W)``, H and W at least 8, and times ``(N,)`` or ``(1,)``."""
-        embedding = self.embedding(t)
-        if condition is not None:
-            embedding = embedding + F.linear(condition, self.condition)
+        embedding = self.time_embedding(t)
+        if class_embedding is not None:
+            embedding = embedding + F.linear(class_embedding, self.class_map)
         h = self.stem(x)
         skips = []
         for stage in self.down:
@@ -206,22 +206,22 @@ class LayerwiseField(nn.Module):
         self.min_size = max(field.min_size for field in fields)
         self.pointwise = all(field.pointwise for field in fields)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
         """Return the velocity at points ``(N, sum_l C_l r_l^2, H, W)`` and times ``(N,)`` or ``(1,)``."""
         layers = x.split(stacked(self.channels, self.detail), dim=1)
         velocities = [
-            F.pixel_unshuffle(field(F.pixel_shuffle(layer, r), t, condition), r)
+            F.pixel_unshuffle(field(F.pixel_shuffle(layer, r), t, class_embedding), r)
             if r > 1
-            else field(layer, t, condition)
+            else field(layer, t, class_embedding)
             for field, layer, r in zip(self.fields, layers, self.detail, strict=True)
         ]
         return torch.cat(velocities, dim=1)
 
-    def points(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def points(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
         """Return the velocity at single positions of each layer, ``(N, sum_l C_l, P, 1)``, of pointwise networks."""
         layers = x.split(self.channels, dim=1)
         fields = zip(self.fields, layers, strict=True)
-        return torch.cat([field(layer, t, condition) for field, layer in fields], dim=1)
+        return torch.cat([field(layer, t, class_embedding) for field, layer in fields], dim=1)
 
 
 def stacked(channels: Sequence[int], detail: Sequence[int]) -> list[int]:
@@ -253,7 +253,7 @@ def get_field(
     width: int | None = None,
     depth: int | None = None,
     detail: Sequence[int] | None = None,
-    condition: int = 0,
+    class_channels: int = 0,
 ) -> Field:
     """Build a vector field by name, with a network of its own for each layer of the features.
 
@@ -263,10 +263,10 @@ def get_field(
         width: Width of each network, even; None for its own: :func:`pointwise_width`, or 48 for ``unet``.
         depth: Depth of each network; None for its own default.
         detail: Finer positions a side of each layer, see :class:`LayerwiseField`; None for 1.
-        condition: Channels of a condition that each network is told; 0 for none.
+        class_channels: Channels of the class embedding; 0 for none.
 
     Raises:
-        ValueError: If the name is unknown.
+        WTFlowError: If the name is unknown.
     """
     build = lookup(FIELDS, "network", name)
     depths = {} if depth is None else {"depth": depth}
@@ -274,5 +274,5 @@ def get_field(
     for size, r in zip(channels, detail or [1] * len(channels), strict=True):
         chosen = pointwise_width(size, r) if width is None and name == "pointwise" else width
         widths = {} if chosen is None else {"width": chosen}
-        networks.append(build(size, **depths, **widths, condition=condition))
+        networks.append(build(size, **depths, **widths, class_channels=class_channels))
     return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels, detail)

@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite: an image with one of them is neither normal nor anomalous (ours)."""
+"""NaN and infinity: an image with one of them is neither normal nor anomalous (ours)."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,6 @@ def finite(*values: Tensor) -> Tensor:
     return torch.stack([_finite(each.flatten(1) if each.ndim > 1 else each[:, None]) for each in values]).all(dim=0)
 
 
-def broken(*values: Tensor) -> list[int]:
-    """Return the places of the images that are not :func:`finite`."""
-    return (~finite(*values)).nonzero().flatten().tolist()
-
-
 def _finite(rows: Tensor) -> Tensor:
     if torch.compiler.is_exporting():  # a runtime may add up in float16, which ends at 65504
         return rows.isfinite().all(dim=1)
@@ -21,7 +16,7 @@ def _finite(rows: Tensor) -> Tensor:
 
 
 def nan_unless_finite(score: Tensor, *seen: Tensor) -> Tensor:
-    """Return scores ``(N,)``, NaN where a number of what they were made from, tensors ``(N, ...)``, is not finite.
+    """Return scores ``(N,)``, NaN where a number in ``seen``, tensors ``(N, ...)``, is not finite.
 
     A NaN does not reach the score by itself: the activations of OpenVINO turn it into 0, a ReLU turns -inf into 0.
     """

@@ -1,12 +1,15 @@
 """Feature normalisations: they put the features on the scale of the noise, so that ``||x0||`` is about ``sqrt(D)``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.registry import lookup
-from anomalib_wtflow.flow.rows import own
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Features ``(N, C, H, W)`` and the indices of their products, ``(N,)``."""
 
 
 def whitening_matrix(covariance: Tensor, ridge: float = 1e-2) -> Tensor:
@@ -28,15 +31,17 @@ class LayerNormalization(nn.Module):
     """
 
     fitted = True
-    needs_fit = False
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         del channels
 
-    def forward(self, features: Tensor, product: Tensor | None = None) -> Tensor:
+    def fit(self, batches: Batches) -> None:
+        """There is nothing to fit."""
+
+    def forward(self, features: Tensor, index: Tensor) -> Tensor:
         """Normalise ``(N, C, H, W)``; the products do not matter."""
-        del product
+        del index
         centred = features - features.mean(dim=(1, 2, 3), keepdim=True)
         variance = centred.square().mean(dim=(1, 2, 3), keepdim=True)
         return centred * torch.rsqrt(variance + 1e-12)
@@ -52,82 +57,57 @@ class Whitening(nn.Module):
         ridge: r, relative to the mean eigenvalue.
     """
 
-    needs_fit = True
-    per_product = ("mean", "weight", "_fitted")
+    per_product = ("mean", "weight", "fitted_rows")
     mean: Tensor
     weight: Tensor
-    _fitted: Tensor
+    fitted_rows: Tensor
 
     def __init__(self, channels: int, ridge: float = 1e-2) -> None:
         super().__init__()
         self.ridge = ridge
         self.register_buffer("mean", torch.zeros(1, channels))
         self.register_buffer("weight", self._weight(torch.eye(channels))[None])
-        self.register_buffer("_fitted", torch.zeros(1, dtype=torch.bool))
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the sums gathered so far."""
-        count, channels = self.mean.shape
-        self.sums = [
-            torch.zeros(count, dtype=torch.float64),
-            torch.zeros(count, channels, dtype=torch.float64),
-            torch.zeros(count, channels, channels, dtype=torch.float64),
-        ]
+        self.register_buffer("fitted_rows", torch.zeros(1, dtype=torch.bool))
 
     @property
     def fitted(self) -> bool:
         """Whether the mean and covariance of each product have been estimated."""
-        return bool(self._fitted.all())
+        return bool(self.fitted_rows.all())
 
-    def update(self, features: Tensor, product: Tensor | None = None) -> None:
-        """Add a batch ``(N, C, H, W)`` to the sums over positions: count, ``sum x``, ``sum x x^T``, in float64.
-
-        Args:
-            features: The batch.
-            product: Place of each image's product, ``(N,)``; None for the first.
-
-        Raises:
-            ValueError: If a feature is not finite.
-        """
-        features = features.detach().cpu().double()
-        if not features.isfinite().all():
-            msg = "The backbone gave NaN or infinite features: check the weights file and the images."
-            raise ValueError(msg)
-        places = torch.zeros(len(features), dtype=torch.int64) if product is None else product.cpu()
-        for place in places.unique().tolist():
-            rows = features[places == place].movedim(1, -1).flatten(0, -2)
-            terms = (torch.tensor(float(len(rows))), rows.sum(0), rows.T @ rows)
-            for total, term in zip(self.sums, terms, strict=True):
-                total[place] += term
-
-    def finalize(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> Tensor:
-        """Estimate means and whitening matrices of products that have none yet, and forget the sums.
+    def fit(self, batches: Batches) -> Tensor:
+        """Estimate means and whitening matrices of products that have none yet, from sums in float64.
 
         Args:
-            reduce: Adds a sum up over the processes of a distributed training.
+            batches: Features of training images, and the indices of their products.
 
         Returns:
             The covariance of the normalised features within products, ``(C, C)``, in float64.
 
         Raises:
-            ValueError: If a product has no features.
+            WTFlowError: If a product has no features, or one is not finite.
         """
-        counts, totals, outers = (reduce(term).cpu() for term in self.sums)
-        if (counts == 0).any():
-            msg = "There are no features to normalise with: the training set is empty, or a product's part of it."
-            raise ValueError(msg)
+        rows, channels = self.mean.shape
+        counts = torch.zeros(rows, dtype=torch.float64)
+        totals, outers = counts.new_zeros(rows, channels), counts.new_zeros(rows, channels, channels)
+        for features, index in batches:
+            points = features.detach().cpu().double().flatten(2)
+            for k in index.unique().tolist():
+                own = points[index.cpu() == k].movedim(1, -1).flatten(0, -2)
+                counts[k] += len(own)
+                totals[k] += own.sum(0)
+                outers[k] += own.T @ own
+        if not (counts > 0).all() or not outers.isfinite().all():
+            msg = "The training features are empty, NaN or infinite: check the training images and the weights file."
+            raise WTFlowError(msg)
         within = torch.zeros_like(outers[0])
-        for place, (count, total, outer) in enumerate(zip(counts, totals, outers, strict=True)):
-            mean = total / count
-            covariance = outer / count - torch.outer(mean, mean)
-            if not self._fitted[place]:
-                self.mean[place] = mean.to(self.mean)
-                self.weight[place] = self._weight(self._matrix(covariance)).to(self.weight)
-            weight = self._as_matrix(self.weight[place].cpu().double())
-            within += weight @ covariance @ weight.T * (count / counts.sum())
-        self._fitted.fill_(True)
-        self.reset()
+        for k, mean in enumerate(totals / counts[:, None]):
+            covariance = outers[k] / counts[k] - torch.outer(mean, mean)
+            if not self.fitted_rows[k]:
+                self.mean[k] = mean.to(self.mean)
+                self.weight[k] = self._weight(self._matrix(covariance)).to(self.weight)
+            weight = self._as_matrix(self.weight[k].cpu().double())
+            within += weight @ covariance @ weight.T * (counts[k] / counts.sum())
+        self.fitted_rows.fill_(True)
         return within
 
     def _matrix(self, covariance: Tensor) -> Tensor:
@@ -141,9 +121,9 @@ class Whitening(nn.Module):
     def _as_matrix(weight: Tensor) -> Tensor:
         return weight
 
-    def forward(self, features: Tensor, product: Tensor | None = None) -> Tensor:
-        """Normalise ``(N, C, H, W)`` of images of the products in these places, ``(N,)``; None for the only one."""
-        weight, mean = own(self.weight, product), own(self.mean, product)
+    def forward(self, features: Tensor, index: Tensor) -> Tensor:
+        """Normalise ``(N, C, H, W)`` of images of the products with these indices, ``(N,)``."""
+        weight, mean = self.weight[index], self.mean[index]
         return (weight @ (features.flatten(2) - mean[:, :, None])).unflatten(2, features.shape[2:])
 
 
@@ -161,9 +141,9 @@ class ChannelNormalization(Whitening):
     def _as_matrix(weight: Tensor) -> Tensor:
         return weight.diag()
 
-    def forward(self, features: Tensor, product: Tensor | None = None) -> Tensor:
-        """Normalise ``(N, C, H, W)`` of images of the products in these places, ``(N,)``; None for the only one."""
-        weight, mean = own(self.weight, product), own(self.mean, product)
+    def forward(self, features: Tensor, index: Tensor) -> Tensor:
+        """Normalise ``(N, C, H, W)`` of images of the products with these indices, ``(N,)``."""
+        weight, mean = self.weight[index], self.mean[index]
         return (features - mean[:, :, None, None]) * weight[:, :, None, None]
 
 
@@ -178,6 +158,6 @@ def get_normalization(name: str, channels: int) -> nn.Module:
     """Build a normalisation by name for ``channels`` channels.
 
     Raises:
-        ValueError: If the name is unknown.
+        WTFlowError: If the name is unknown.
     """
     return lookup(NORMALIZATIONS, "normalization", name)(channels)

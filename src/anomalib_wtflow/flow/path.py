@@ -72,7 +72,7 @@ class ProbabilityPath:
         s_min: Noise level at t = 0, in [0, 1); the linear path has none.
 
     Raises:
-        ValueError: If the name is unknown.
+        WTFlowError: If the name is unknown.
     """
 
     def __init__(self, name: str = "linear", s_min: float = 0.01) -> None:

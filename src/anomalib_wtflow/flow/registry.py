@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TypeVar
 
+from anomalib_wtflow.errors import WTFlowError
+
 _Entry = TypeVar("_Entry")
 
 
@@ -16,11 +18,11 @@ def lookup(table: Mapping[str, _Entry], kind: str, name: str) -> _Entry:
         name: The name that a user wrote.
 
     Raises:
-        ValueError: If the name is unknown; the message lists the valid ones.
+        WTFlowError: If the name is unknown; the message lists the valid ones.
     """
     if name in table:
         return table[name]
     close = get_close_matches(str(name), table, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     msg = f"Unknown {kind} '{name}': {hint}choose one of {', '.join(table)}."
-    raise ValueError(msg)
+    raise WTFlowError(msg)

@@ -46,9 +46,9 @@ class PositionSampling(nn.Module):
             covariance: Of all stacked channels, ``(sum_l C_l r_l^2,) * 2``; a layer's is averaged over its positions.
         """
         sizes = stacked(self.channels, self.detail)
-        places = torch.arange(sum(sizes)).split(sizes)
-        for weight, place, size in zip(self.whitening, places, self.channels, strict=True):
-            block = covariance[place][:, place].view(size, place.numel() // size, size, -1)
+        layers = torch.arange(sum(sizes)).split(sizes)
+        for weight, rows, size in zip(self.whitening, layers, self.channels, strict=True):
+            block = covariance[rows][:, rows].view(size, rows.numel() // size, size, -1)
             weight.copy_(whitening_matrix(block.diagonal(dim1=1, dim2=3).mean(dim=-1)))
 
     def forward(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
@@ -80,6 +80,6 @@ class PositionSampling(nn.Module):
             tiny = torch.finfo(rarity.dtype).tiny
             rarity = (rarity / rarity.amax(dim=1, keepdim=True).clamp(min=tiny)) ** self.importance
             rarity = rarity.clamp(min=tiny)
-            places = torch.multinomial(rarity, count, replacement=True, generator=generator)
-            parts.append(points.gather(2, places[:, None].expand(-1, points.shape[1], -1)))
+            drawn = torch.multinomial(rarity, count, replacement=True, generator=generator)
+            parts.append(points.gather(2, drawn[:, None].expand(-1, points.shape[1], -1)))
         return torch.cat(parts, dim=1)[..., None]

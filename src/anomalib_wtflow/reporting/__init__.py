@@ -1,1 +1,1 @@
-"""What a user reads after a test or a prediction: verdicts, reports by product, pictures."""
+"""What a user reads after a test or a prediction; importing this registers the reports."""

@@ -1,31 +1,29 @@
 """Many products in one data module: a folder of folders, or any of anomalib's data modules side by side."""
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
-import torch
 from anomalib import TaskType
 from anomalib.data import (
     AnomalibDataModule,
     AnomalibDataset,
+    Folder,
     ImageBatch,
     ImageItem,
     NumpyImageBatch,
     NumpyImageItem,
     get_datamodule,
 )
-from anomalib.data.errors import MisMatchError
 from anomalib.data.utils import LabelName
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 from anomalib_wtflow._registration import register_datamodule
-from anomalib_wtflow.cli.errors import one_sentence
-from anomalib_wtflow.data.layout import GOOD, AnyFolder, has_images, mvtec_layout
+from anomalib_wtflow.data.layout import GOOD, has_images, mvtec_layout
+from anomalib_wtflow.errors import WTFlowError
 
 SETS = ("train_data", "val_data", "test_data")
 
@@ -67,10 +65,9 @@ class ProductsDataset(AnomalibDataset):
 
     Args:
         datasets: anomalib data sets of images, by product; empty ones are left out.
-        roots: Folders of products whose images are named as below them, whatever links lead there.
     """
 
-    def __init__(self, datasets: Mapping[str, AnomalibDataset], roots: Mapping[str, Path] | None = None) -> None:
+    def __init__(self, datasets: Mapping[str, AnomalibDataset]) -> None:
         super().__init__()
         tables = [
             dataset.samples.assign(product=name, mask_path=dataset.samples.get("mask_path", ""))
@@ -80,24 +77,16 @@ class ProductsDataset(AnomalibDataset):
         columns = ["image_path", "split", "label", "label_index", "mask_path", "product"]
         samples = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
         samples["mask_path"] = samples["mask_path"].fillna("")
-        for name, root in (roots or {}).items():
-            given = samples["product"] == name
-            samples.loc[given, "image_path"] = [
-                str(root / Path(path).relative_to(root.resolve()))
-                if Path(path).is_relative_to(root.resolve())
-                else path
-                for path in samples.loc[given, "image_path"]
-            ]
         self.samples = samples
         self.masked = frozenset(samples.loc[samples["mask_path"] != "", "product"])
         self.samples.attrs["task"] = TaskType.SEGMENTATION if self.with_mask.any() else TaskType.CLASSIFICATION
 
     @property
     def with_mask(self) -> "pd.Series[bool]":
-        """Whether it is known of each image where it is defective: of good ones of products that have masks, too."""
+        """Whether each image has a mask; good images of products with masks have an empty one."""
         samples = self.samples
-        told = (samples["mask_path"] != "") | (samples["label_index"] == LabelName.NORMAL)
-        return samples["product"].isin(self.masked) & told
+        known = (samples["mask_path"] != "") | (samples["label_index"] == LabelName.NORMAL)
+        return samples["product"].isin(self.masked) & known
 
     def __getitem__(self, index: int) -> ProductItem:
         """Return an image, its mask if there is one, and its product."""
@@ -129,17 +118,15 @@ class Products(AnomalibDataModule):
         root: Folder of the products' folders.
         products: Which of them; None for all.
         members: Further products by name: anomalib data modules, their names, or ``class_path`` and ``init_args``.
-        balance: How often a product is trained on: 0 in proportion to its images, 1 all products alike often, 0.5 in
-            proportion to the square root.
-        name: Name of the whole, of which the results' folder is called; None for that of the folder.
+        name: Name of the whole, which the results' folder has; None for that of the folder.
         train_batch_size: Training batch size.
         eval_batch_size: Validation and test batch size.
         num_workers: Loader processes.
-        seed: Seed of the split of folders of good images alone, and of the balanced order.
+        seed: Seed of the split of folders of good images alone.
 
     Raises:
-        ValueError: If there are no products, one has no good training images, a name is given twice, or a number is
-            out of range; the message names the product and the folder.
+        WTFlowError: If there are no products, one has no good training images, or a name is given twice; the message
+            names the product and the folder.
     """
 
     def __init__(
@@ -147,7 +134,6 @@ class Products(AnomalibDataModule):
         root: str | Path | None = None,
         products: list[str] | None = None,
         members: dict[str, Any] | None = None,
-        balance: float = 0.0,
         name: str | None = None,
         train_batch_size: int = 32,
         eval_batch_size: int = 32,
@@ -155,78 +141,39 @@ class Products(AnomalibDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(train_batch_size, eval_batch_size, num_workers, seed=seed)
-        with one_sentence():
-            if not 0 <= balance <= 1:
-                msg = f"balance is {balance}: choose a number from 0 (as many images) to 1 (all products alike)."
-                raise ValueError(msg)
-            self.balance = balance
-            self.members = {
-                **({} if root is None else self._folders(Path(root), products)),
-                **self._modules(members or {}),
-            }
-            self._raise_for_twice(root, products, members)
-            # Folder resolves links; pictures lie as images do below the folder that was given.
-            self._roots = {} if root is None else {name: Path(root).absolute() / name for name in self.members}
-            if not self.members:
-                msg = "There are no products: give the folder of their folders (--data.root), or members."
-                raise ValueError(msg)
-        roots = [getattr(member, "root", None) for member in self.members.values()]
-        folders = [whole(each) for each in roots if each is not None]
-        common = Path(os.path.commonpath(folders)) if folders else Path("Products")
-        self._whole = name or (common.name if root is None else Path(whole(root)).name) or "Products"
+        self.members = {} if root is None else self._folders(Path(root), products)
+        for product, member in (members or {}).items():
+            if product in self.members:
+                msg = f"The product '{product}' is given twice: give each product its own name."
+                raise WTFlowError(msg)
+            self.members[product] = datamodule_of(member)
+        if not self.members:
+            msg = "There are no products: give the folder of their folders (--data.root), or members."
+            raise WTFlowError(msg)
+        self._name = name or (Path("Products") if root is None else Path(root).absolute()).name
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """Name of the whole; below a folder of this name, pictures lie as images do."""
-        return self._whole
-
-    # Members ---------------------------------------------------------------------------------------------------------
+        return self._name
 
     def _folders(self, root: Path, products: Sequence[str] | None) -> dict[str, AnomalibDataModule]:
-        if not root.is_dir():
-            msg = f"There is no folder '{root}': give the folder that holds a folder for each product."
-            raise ValueError(msg)
         found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not found:
-            msg = f"There are no folders in '{root}': give the folder that holds a folder for each product."
-            raise ValueError(msg)
         missing = [name for name in products or [] if name not in found]
-        if missing:
-            msg = f"There is no product '{missing[0]}' in '{root}': choose from {', '.join(found)}."
-            raise ValueError(msg)
+        if missing or not found:
+            msg = f"There is no product folder '{root / (missing or ['*'])[0]}': '{root}' has {', '.join(found) or None}."
+            raise WTFlowError(msg)
         return {name: self._folder(root / name) for name in (found if products is None else products)}
 
     def _folder(self, path: Path) -> AnomalibDataModule:
-        name, good = path.name, path / GOOD
-        if good.is_dir():
-            if not has_images(good):
-                msg = f"The product '{name}' has no training images: put good images into '{good}'."
-                raise ValueError(msg)
+        if (path / GOOD).is_dir():
             return mvtec_layout(path, val_split_mode="none", seed=self.seed)
         inside = [child.name for child in path.iterdir() if child.is_dir() and has_images(child)]
         if inside or not has_images(path):
-            what = f"has folders ({inside[0]}) but no 'train/good'" if inside else "holds no images"
-            msg = (
-                f"The product '{name}' cannot be read, since '{path}' {what}: put good images into it, or into "
-                f"'{good}'."
-            )
-            raise ValueError(msg)
-        return AnyFolder(name=name, root=path, normal_dir=".", val_split_mode="none", seed=self.seed)
-
-    @staticmethod
-    def _modules(members: Mapping[str, Any]) -> dict[str, AnomalibDataModule]:
-        return {name: made_of(name, member) for name, member in members.items()}
-
-    @staticmethod
-    def _raise_for_twice(root: Any, products: Sequence[str] | None, members: Mapping[str, Any] | None) -> None:
-        given = list(products or [])
-        if root is not None and products is None:
-            given = [path.name for path in Path(root).iterdir() if path.is_dir()]
-        given += list(members or {})
-        twice = sorted({name for name in given if given.count(name) > 1})
-        if twice:
-            msg = f"The product '{twice[0]}' is given twice: give each product one name of its own."
-            raise ValueError(msg)
+            what = f"has folders ({inside[0]}) but no '{GOOD}'" if inside else "holds no images"
+            msg = f"The product folder '{path}' {what}: put good images into it, or into '{path / GOOD}'."
+            raise WTFlowError(msg)
+        return Folder(name=path.name, root=path, normal_dir=".", val_split_mode="none", seed=self.seed)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -244,49 +191,28 @@ class Products(AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         for name, member in self.members.items():
-            try:
-                member.setup()
-            except (OSError, ValueError, RuntimeError, MisMatchError) as error:
-                msg = f"The images of the product '{name}' cannot be found: {error}"
-                raise ValueError(msg) from error
+            member.setup()
             if not len(getattr(member, "train_data", ())):
                 msg = f"The product '{name}' has no training images: give it good ones, or leave it out."
-                raise ValueError(msg)
+                raise WTFlowError(msg)
             if member.train_data.collate_fn != ImageBatch.collate:
                 msg = f"The product '{name}' is of {type(member).__name__}, which gives no plain images: leave it out."
-                raise ValueError(msg)
-        for each in SETS:
+                raise WTFlowError(msg)
+        for each in ("train_data", "val_data", "test_data"):
             sets = {name: getattr(member, each) for name, member in self.members.items() if hasattr(member, each)}
-            setattr(self, each, ProductsDataset(sets, self._roots))
+            setattr(self, each, ProductsDataset(sets))
         if not len(self.val_data):
             self.val_data = copy.deepcopy(self.test_data)
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the training images, products balanced as asked for."""
-        products = self.train_data.samples["product"]
-        if self.balance == 0 or products.nunique() == 1:
-            return super().train_dataloader()
-        weights = products.map(products.value_counts()).astype(float) ** -self.balance
-        generator = torch.Generator().manual_seed(self.seed or 0)
-        sampler = WeightedRandomSampler(weights.tolist(), len(products), generator=generator)
-        return DataLoader(
-            self.train_data,
-            self.train_batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
-        )
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation images, batched as those of the test."""
         return self._evaluated(self.val_data) or super().val_dataloader()
 
     def test_dataloader(self) -> DataLoader:
-        """Return the test images; no batch mixes those whose masks are known with others, which would hide them."""
+        """Return the test images; no batch mixes images with masks and without, which would hide the masks."""
         return self._evaluated(self.test_data) or super().test_dataloader()
 
     def _evaluated(self, data: Any) -> DataLoader | None:
-        """Return a loader of batches of one kind, if there are two."""
         if not isinstance(data, ProductsDataset) or data.with_mask.nunique() < 2:
             return None
         return DataLoader(
@@ -314,47 +240,25 @@ class OneKind(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches."""
         indices = list(self.sampler)
-        for places in batches([self.kinds[index] for index in indices], self.batch_size):
-            yield [indices[place] for place in places]
+        for kind in sorted({self.kinds[index] for index in indices}):
+            own = [index for index in indices if self.kinds[index] == kind]
+            yield from (own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size))
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return sum(1 for _ in self)
 
 
-def whole(path: str | Path) -> str:
-    """Return an absolute path without `..`; links stay."""
-    return os.path.normpath(Path(path).absolute())
-
-
 def collate(items: list[ImageItem]) -> ProductBatch:
-    """Make a batch; its masks are unknown if one is."""
+    """Make a batch; it has no masks if one image has none."""
     if any(item.gt_mask is None for item in items):
         for item in items:
             item.gt_mask = None
     return ProductBatch.collate(items)  # type: ignore[return-value]
 
 
-def made_of(name: str, member: Any) -> AnomalibDataModule:
-    """Build the data module of a product.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
+def datamodule_of(member: Any) -> AnomalibDataModule:
+    """Build the data module of a product from its name, or ``class_path`` and ``init_args``."""
     if isinstance(member, AnomalibDataModule):
         return member
-    try:
-        return get_datamodule({"class_path": member} if isinstance(member, str) else member)
-    except Exception as error:
-        msg = (
-            f"The product '{name}' cannot be made of {member!r}: give the name of an anomalib data module, or "
-            f"class_path and init_args ({type(error).__name__}: {error})."
-        )
-        raise ValueError(msg) from error
-
-
-def batches(kinds: Sequence[bool], size: int) -> Iterator[list[int]]:
-    """Yield places of at most ``size`` items of one kind."""
-    for kind in sorted(set(kinds)):
-        chosen = [place for place, each in enumerate(kinds) if each == kind]
-        yield from (chosen[start : start + size] for start in range(0, len(chosen), size))
+    return get_datamodule({"class_path": member} if isinstance(member, str) else member)

@@ -1,0 +1,85 @@
+"""What a checkpoint says of its model, and which checkpoints a model takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.utils.serialization import anomalib_safe_globals
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.settings import Settings, declared, option
+from anomalib_wtflow.torch_model import broken_tensors
+
+KEY = "wtflow"
+"""Entry of a checkpoint with the version, the settings, the products and the marks of images."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint as anomalib does: tensors and plain values only, no code in the file runs.
+
+    Raises:
+        WTFlowError: If it is not a WTFlow model's, or :func:`raise_for_content` refuses it.
+    """
+    with anomalib_safe_globals():
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    raise_for_content(checkpoint)
+    return checkpoint
+
+
+def raise_for_content(checkpoint: Any) -> None:
+    """Refuse a checkpoint that no model of this version can use.
+
+    Raises:
+        WTFlowError: If another model or another version wrote it, or a value in it is NaN or infinite.
+    """
+    record = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(record, dict):
+        msg = "The checkpoint is not one of this version of WTFlow: give its model.ckpt, or train the model again."
+        raise WTFlowError(msg)
+    needed = {name for name, each in declared().items() if each.metadata["scores"]}
+    if not needed <= set(record["settings"]) <= set(declared()):
+        version = record.get("version", "unknown")
+        msg = f"Version {version} of anomalib-wtflow wrote the checkpoint, with other settings: train the model again."
+        raise WTFlowError(msg)
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
+    broken = [*broken_tensors(state, "model.")]
+    rate, name = record["settings"]["false_alarm_rate"], "post_processor.effective_false_alarm_rate"
+    if rate is not None and name in state:
+        limits = [name, "post_processor._image_threshold", "post_processor._pixel_threshold"]
+        broken += [each for each in limits if not state[each].isfinite().all()]
+    if broken:
+        msg = f"'{broken[0]}' in the checkpoint is NaN or infinite: give another checkpoint, or train the model again."
+        raise WTFlowError(msg)
+
+
+def raise_for_settings(checkpoint: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse the weights of a model with other settings: they can fit, and change the scores under the threshold.
+
+    Args:
+        checkpoint: The checkpoint.
+        settings: Of the model that is to take its weights.
+
+    Raises:
+        WTFlowError: If it was trained with other settings.
+    """
+    theirs, ours = checkpoint[KEY]["settings"], settings.plain()
+    names = [name for name, each in declared().items() if each.metadata["scores"]]
+    differing = [name for name in names if _sides(theirs[name]) != _sides(ours[name])]
+    if differing:
+        text = ", ".join(f"{name}={theirs[name]!r} (here {ours[name]!r})" for name in differing)
+        msg = f"The checkpoint was trained with {text}: give the model the same, as {option(differing[0])}."
+        raise WTFlowError(msg)
+    asked, trained = ours["false_alarm_rate"], theirs["false_alarm_rate"]
+    if asked not in (trained, Settings.false_alarm_rate):
+        rank_zero_warn(
+            f"The checkpoint's threshold is for false_alarm_rate={trained}. {asked}, given here, changes nothing: set "
+            "another with `anomalib-wtflow calibrate`."
+        )
+
+
+def _sides(value: Any) -> Any:
+    """Height and width for one side: an image size of 64 is one of [64, 64]."""
+    return [value, value] if isinstance(value, int) else value

@@ -1,0 +1,133 @@
+"""Fitting a model to the features of good images, in plain torch."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.flow.regression import FieldTraining, TrainingPlan, fit_field
+from anomalib_wtflow.products.recognition import Recognition
+from anomalib_wtflow.settings import Settings
+from anomalib_wtflow.torch_model import WTFlowModel
+
+BATCH = 32
+BACKGROUND_IMAGES, FEWEST, MOST = 96, 24, 768
+"""Images of each product that the background slope comes from: 96, or fewer, at least 24, so that they are at most 768."""
+
+
+def plan_of(settings: Settings) -> TrainingPlan:
+    """Return the settings of a training."""
+    return TrainingPlan(**{each.name: getattr(settings, each.name) for each in fields(TrainingPlan)})
+
+
+def hold_out(products: Sequence[str], ratio: float, seed: int = 0) -> Tensor:
+    """Draw a share of the images of each product, at least one, as a mask ``(M,)``.
+
+    Args:
+        products: Product of each image.
+        ratio: Share in (0, 1).
+        seed: Seed of the draw: not the model's, so that trainings with different seeds hold the same images out.
+
+    Raises:
+        WTFlowError: If none would be left of a product.
+    """
+    held = torch.zeros(len(products), dtype=torch.bool)
+    for name in sorted(set(products)):
+        own = torch.tensor([k for k, product in enumerate(products) if product == name])
+        count = max(1, round(ratio * len(own)))
+        if count >= len(own):
+            msg = (
+                f"The product '{name}' has {len(own)} normal training image: give at least 2, one to train on and one "
+                "for the threshold, and 100 or more for a low false-alarm rate."
+            )
+            raise WTFlowError(msg)
+        held[own[torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:count]]] = True
+    return held
+
+
+def _batches(rows: Sequence[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(rows), BATCH):
+        yield torch.stack(list(rows[start : start + BATCH])), index[start : start + BATCH]
+
+
+@torch.no_grad()
+def normalise_rows(model: WTFlowModel, rows: list[Tensor]) -> Recognition:
+    """Normalise backbone features ``(C, H, W)`` in place, and return which products the images show."""
+    device, parts = model.class_embeddings.device, []
+    for start in range(0, len(rows), BATCH):
+        x0, recognition = model.normalise(torch.stack(rows[start : start + BATCH]).to(device))
+        rows[start : start + BATCH] = list(x0.cpu())
+        parts.append(recognition)
+    return Recognition(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def score_rows(
+    model: WTFlowModel, rows: list[Tensor], image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Recognition]:
+    """Score backbone features ``(C, H, W)``: image scores, largest values of the maps, and recognitions, ``(M,)``."""
+    device = model.class_embeddings.device
+    parts = [model.predict(batch.to(device), image_size) for batch, _ in _batches(rows, torch.zeros(len(rows)))]
+    recognition = Recognition(*(torch.cat(each).cpu() for each in zip(*(p.recognition for p in parts), strict=True)))
+    peaks = torch.cat([part.anomaly_map.flatten(1).amax(dim=1) for part in parts])
+    return torch.cat([part.pred_score for part in parts]).cpu(), peaks.cpu(), recognition
+
+
+def fit_model(
+    model: WTFlowModel,
+    rows: list[Tensor],
+    index: Tensor,
+    image_size: tuple[int, int],
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    log: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> list[float]:
+    """Fit the statistics, then the field, then the background level, to features of good images.
+
+    Args:
+        model: The model, with room for all products (:meth:`WTFlowModel.set_products`).
+        rows: Backbone features ``(C, H, W)`` of each image, in float32 on the CPU; normalised in place.
+        index: Index of each image's product, ``(M,)``; each product has at least one image.
+        image_size: Height and width of the images.
+        progress: Wraps the iteration over epochs.
+        log: Is given each epoch, from 0, and its training loss.
+
+    Returns:
+        The training loss of each epoch.
+
+    Raises:
+        WTFlowError: If the features or the loss are NaN or infinite, or the coupling needs more images.
+    """
+    covariance = model.normalization.fit(_batches(rows, index))
+    if model.sampling is not None and covariance is not None:
+        model.sampling.fit(covariance)
+    model.recognizer.fit(_batches(rows, index))
+    shown = normalise_rows(model, rows).index  # the model's own verdict, as in inference
+    embedding = model.class_embeddings.cpu()[shown]
+    s = model.settings
+    training = FieldTraining(model.field, rows, model.path, s.coupling, plan_of(s), model.sampling, embedding)
+    losses = fit_field(training, progress, log)
+    fit_background(model, rows, shown, image_size)
+    return losses
+
+
+@torch.no_grad()
+def fit_background(model: WTFlowModel, x0: Sequence[Tensor], index: Tensor, image_size: tuple[int, int]) -> None:
+    """Fit the background level of each product to some of its images, evenly spread over all.
+
+    Args:
+        model: The model.
+        x0: Normalised features ``(C, H, W)`` of good images.
+        index: Index of each image's product, ``(M,)``.
+        image_size: Height and width of the images.
+    """
+    kinds, device = index.unique().tolist(), model.class_embeddings.device
+    most = max(FEWEST, min(BACKGROUND_IMAGES, MOST // len(kinds)))
+    own = [(index == k).nonzero().flatten() for k in kinds]
+    chosen = torch.cat([each[torch.linspace(0, len(each) - 1, min(len(each), most)).long()] for each in own])
+    parts = [
+        model.log_density(model.flow(batch.to(device), shown.to(device)))
+        for batch, shown in _batches([x0[k] for k in chosen.tolist()], index[chosen])
+    ]
+    model.anomaly_map_generator.fit(torch.cat(parts), image_size, index[chosen].to(device))

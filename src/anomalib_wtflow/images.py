@@ -1,0 +1,87 @@
+"""Image files: checks, marks by which they are known again, and which of them a threshold may come from."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data.utils import LabelName
+from PIL import Image
+from torch import Tensor
+
+from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.flow.finite import finite
+
+DEEP_MODES = "IF"
+"""First letters of PIL's modes of more than 8 bits a channel."""
+SAMPLE = 4096
+"""Bytes of a file that its mark reads, from the middle."""
+
+
+def mark_of(path: str | Path) -> int:
+    """Return ``2^32 size + crc32(name, bytes in the middle)`` of a file, by which an image is known again.
+
+    Folders do not count, so that data may be moved.
+    """
+    with Path(path).open("rb") as file:
+        size = Path(path).stat().st_size
+        file.seek(max(0, size - SAMPLE) // 2)
+        sample = zlib.crc32(file.read(SAMPLE), zlib.crc32(Path(path).name.encode(errors="surrogateescape")))
+    return (size % 2**31 << 32) + sample
+
+
+def marks_of(paths: Sequence[str]) -> Tensor:
+    """Return :func:`mark_of` each file, ``(n,)`` int64, sorted; those that are no files are left out."""
+    return torch.tensor(sorted(mark_of(path) for path in paths if Path(path).is_file()), dtype=torch.int64)
+
+
+def good_validation_images(trainer: Any, training: Mapping[str, str]) -> dict[str, str]:
+    """Return the good images of the validation that follows a fit, with their products; none if one is used elsewhere.
+
+    Args:
+        trainer: The trainer.
+        training: Files of the training images, with their products; the first is that of images without one.
+    """
+    loaders = trainer.val_dataloaders if trainer.validating else []
+    data = [loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    test = getattr(getattr(getattr(trainer, "datamodule", None), "test_data", None), "samples", None)
+    others = set(training) | (set() if test is None else set(test["image_path"]))
+    good: dict[str, str] = {}
+    otherwise = next(iter(training.values()))
+    for samples in (getattr(each, "samples", None) for each in data):
+        if samples is not None:
+            normal = samples[samples["label_index"] == LabelName.NORMAL]
+            good |= dict(zip(normal["image_path"], normal.get("product", [otherwise] * len(normal)), strict=True))
+    return {} if others & set(good) else good
+
+
+def raise_for_deep(paths: Sequence[str]) -> None:
+    """Refuse images of more than 8 bits a channel, which anomalib would clip.
+
+    Raises:
+        WTFlowError: If there is one.
+    """
+    for path in paths:
+        if Path(path).suffix.lower() in Image.registered_extensions() and Path(path).is_file():
+            with Image.open(path) as image:
+                mode = image.mode
+            if mode[0] in DEEP_MODES:
+                msg = (
+                    f"'{path}' has more than 8 bits a channel (mode {mode}), which anomalib clips: convert all images "
+                    "to 8 bits by the same factor."
+                )
+                raise WTFlowError(msg)
+
+
+def raise_for_broken(what: str, paths: Sequence[str], *values: Tensor) -> None:
+    """Refuse images with numbers that are NaN or infinite: they are neither normal nor anomalous.
+
+    Raises:
+        WTFlowError: If there is one.
+    """
+    broken = (~finite(*values)).nonzero().flatten().tolist()
+    if broken:
+        name = paths[broken[0]] or f"image {broken[0]} of the batch"
+        msg = f"The {what} of '{name}' has NaN or infinite values: replace the image, or load or train another model."
+        raise WTFlowError(msg)

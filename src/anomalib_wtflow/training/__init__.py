@@ -1,1 +1,0 @@
-"""Callbacks and helpers of a fit."""
