@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -34,19 +33,19 @@ def parts(parts_root: Path) -> SyntheticParts:
 
 @pytest.fixture(scope="session")
 def trained(parts_root: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A model trained on the small data set for three epochs: its module, results folder, checkpoint and engine."""
+    """A model fitted to the small data set in three epochs: its module, results folder, checkpoint and data module."""
     root = tmp_path_factory.mktemp("trained")
     parts = SyntheticParts(root=parts_root, train_images=16, test_images=20, defect_images=4, side=128)
     overrides = {"coupling": "worst_of_two", "plateau": 0.0}
     model = WTFlow(max_epochs=3, image_size=128, false_alarm_rate=0.1, overrides=overrides)
-    engine = Engine(default_root_dir=root, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    engine = quiet_engine(root)
     engine.fit(model, datamodule=parts)
     return SimpleNamespace(model=model.eval(), root=root, checkpoint=Path(engine.best_model_path), parts=parts)
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A model of 64 px, trained for a second: the folder of its images (12 + 10 good, 2 of each defect), checkpoint."""
+    """A model of 64 px, fitted in a second: the folder of its images (12 + 10 good, 2 of each defect), checkpoint."""
     root = tmp_path_factory.mktemp("small")
     parts = SyntheticParts(root=root, train_images=12, test_images=10, defect_images=2, side=64)
     engine = quiet_engine(root)
@@ -66,8 +65,3 @@ def as_mvtec(parts: SyntheticParts, **kwargs: object) -> Folder:
     return Folder(
         "parts", "train/good", parts.root, "test/scratch", "test/good", "ground_truth/scratch", **options
     )  # fmt: skip
-
-
-def callback_of(model: WTFlow, kind: type[Any]) -> Any:
-    """The callback of a kind in the run that a model is in, or was in last."""
-    return next(callback for callback in model.trainer.callbacks if isinstance(callback, kind))
