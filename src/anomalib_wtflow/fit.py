@@ -75,6 +75,24 @@ def score_rows(
     return torch.cat([part.pred_score for part in parts]).cpu(), peaks.cpu(), recognition
 
 
+def fit_statistics(model: WTFlowModel, rows: list[Tensor], index: Tensor) -> Tensor:
+    """Fit normalisation and recogniser to backbone features ``(C, H, W)``, and normalise these in place.
+
+    Args:
+        model: The model.
+        rows: Features of each image, in float32 on the CPU.
+        index: Index of each image's product, ``(M,)``.
+
+    Returns:
+        The index of the product that the model itself recognises in each image, as in inference, ``(M,)``.
+    """
+    covariance = model.normalization.fit(_batches(rows, index))
+    if model.sampling is not None and covariance is not None:
+        model.sampling.fit(covariance)
+    model.recognizer.fit(_batches(rows, index))
+    return normalise_rows(model, rows).index
+
+
 def fit_model(
     model: WTFlowModel,
     rows: list[Tensor],
@@ -99,11 +117,7 @@ def fit_model(
     Raises:
         WTFlowError: If the features or the loss are NaN or infinite, or the coupling needs more images.
     """
-    covariance = model.normalization.fit(_batches(rows, index))
-    if model.sampling is not None and covariance is not None:
-        model.sampling.fit(covariance)
-    model.recognizer.fit(_batches(rows, index))
-    shown = normalise_rows(model, rows).index  # the model's own verdict, as in inference
+    shown = fit_statistics(model, rows, index)
     embedding = model.class_embeddings.cpu()[shown]
     s = model.settings
     training = FieldTraining(model.field, rows, model.path, s.coupling, plan_of(s), model.sampling, embedding)
