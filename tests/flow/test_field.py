@@ -40,7 +40,7 @@ def test_pointwise_formula() -> None:
     """Written out with matrices, for two blocks; convolutions and matrix products agree."""
     field = PointwiseField(3, width=4, depth=2).double()
     x, t = torch.randn(2, 3, 2, 5, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    embedding = field.embedding(t).double()
+    embedding = field.time_embedding(t).double()
 
     def apply(conv: torch.nn.Conv2d, z: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.conv2d(z, conv.weight, conv.bias)
@@ -139,8 +139,8 @@ def test_pointwise_networks_see_each_finer_position_by_itself() -> None:
     x, t = torch.randn(2, sum(sizes), 3, 4, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
     expected = torch.empty_like(x)
     for network, first, c, r in zip(field.fields, (0, 18, 22), CHANNELS, DETAIL, strict=True):
-        for place in range(r * r):
-            channels = [first + k * r * r + place for k in range(c)]
+        for k in range(r * r):
+            channels = [first + channel * r * r + k for channel in range(c)]
             expected[:, channels] = network(x[:, channels], t)
     torch.testing.assert_close(field(x, t), expected)
 
@@ -152,9 +152,9 @@ def test_velocity_at_points_is_that_of_the_map() -> None:
     x, t = torch.randn(2, sum(sizes), 3, 4, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
     shown, expected = [], []
     for layer, v, c, r in zip(x.split(sizes, 1), field(x, t).split(sizes, 1), CHANNELS, DETAIL, strict=True):
-        places = torch.randint(12 * r * r, (5,))
-        shown.append(fine_map(layer, c, r).flatten(2)[:, :, places])
-        expected.append(fine_map(v, c, r).flatten(2)[:, :, places])
+        positions = torch.randint(12 * r * r, (5,))
+        shown.append(fine_map(layer, c, r).flatten(2)[:, :, positions])
+        expected.append(fine_map(v, c, r).flatten(2)[:, :, positions])
     points = torch.cat(shown, dim=1)[..., None]
     torch.testing.assert_close(field.points(points, t), torch.cat(expected, dim=1)[..., None])
     single = get_field("pointwise", [3], width=8)

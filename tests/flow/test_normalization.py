@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.linalg import fractional_matrix_power
 
+from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.normalization import (
     ChannelNormalization,
     LayerNormalization,
@@ -18,13 +19,22 @@ def features(n: int = 8) -> torch.Tensor:
     return torch.einsum("dc,nchw->ndhw", mix, torch.randn(n, 3, 6, 5)) + torch.tensor([1.0, -2, 5]).view(1, 3, 1, 1)
 
 
+FIRST = torch.zeros(9, dtype=torch.int64)
+"""The indices of images of the only product."""
+
+
+def one(*batches: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of one product."""
+    return [(batch, FIRST[: len(batch)]) for batch in batches]
+
+
 def rows(x: torch.Tensor) -> np.ndarray:
     return x.movedim(1, -1).flatten(0, -2).double().numpy()
 
 
 def test_layer_normalization_is_torchs() -> None:
     x = features()
-    y = LayerNormalization(3)(x)
+    y = LayerNormalization(3)(x, FIRST[:8])
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, x.shape[1:], eps=1e-12))
     torch.testing.assert_close(y.flatten(1).norm(dim=1), torch.full((8,), (3 * 6 * 5) ** 0.5))
 
@@ -32,13 +42,12 @@ def test_layer_normalization_is_torchs() -> None:
 def test_whitening_against_scipy() -> None:
     x = features()
     whitening = Whitening(3, ridge=0.0)
-    whitening.update(x)
-    whitening.finalize()
+    whitening.fit(one(x))
     covariance = np.cov(rows(x).T, bias=True)
     np.testing.assert_allclose(
         whitening.weight[0].numpy(), fractional_matrix_power(covariance, -0.5), rtol=1e-4, atol=1e-5
     )
-    y = rows(whitening(x))
+    y = rows(whitening(x, FIRST[:8]))
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(3), atol=1e-4)
 
@@ -46,8 +55,7 @@ def test_whitening_against_scipy() -> None:
 def test_the_ridge_is_relative_to_the_mean_eigenvalue() -> None:
     x = features()
     whitening = Whitening(3, ridge=0.5)
-    whitening.update(x)
-    whitening.finalize()
+    whitening.fit(one(x))
     covariance = np.cov(rows(x).T, bias=True)
     ridged = covariance + 0.5 * np.trace(covariance) / 3 * np.eye(3)
     np.testing.assert_allclose(whitening.weight[0].numpy(), fractional_matrix_power(ridged, -0.5), rtol=1e-4, atol=1e-5)
@@ -56,34 +64,29 @@ def test_the_ridge_is_relative_to_the_mean_eigenvalue() -> None:
 def test_channel_normalization() -> None:
     x = features()
     channel = ChannelNormalization(3, ridge=0.0)
-    channel.update(x)
-    channel.finalize()
+    channel.fit(one(x))
     expected = (rows(x) - rows(x).mean(0)) / rows(x).std(0)
-    np.testing.assert_allclose(rows(channel(x)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows(channel(x, FIRST[:8])), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Whitening, ChannelNormalization])
 def test_batches_add_up(kind: type[Whitening]) -> None:
     x = features(9)
     whole, parts = kind(3), kind(3)
-    whole.update(x)
-    for part in x.split([4, 4, 1]):
-        parts.update(part)
-    for normalization in (whole, parts):
-        normalization.finalize()
+    whole.fit(one(x))
+    parts.fit(one(*x.split([4, 4, 1])))
     torch.testing.assert_close(whole.weight, parts.weight)
     torch.testing.assert_close(whole.mean, parts.mean)
 
 
 @pytest.mark.parametrize("kind", [Whitening, ChannelNormalization])
 def test_what_is_left_of_the_covariance(kind: type[Whitening]) -> None:
-    """``finalize`` returns the covariance of the normalised features, in float64."""
+    """``fit`` returns the covariance of the normalised features, in float64."""
     x = features()
     normalization = kind(3, ridge=0.3)
-    normalization.update(x)
-    left = normalization.finalize()
+    left = normalization.fit(one(x))
     assert left.dtype == torch.float64
-    expected = np.cov(rows(normalization(x)).T, bias=True)
+    expected = np.cov(rows(normalization(x, FIRST[:8])).T, bias=True)
     np.testing.assert_allclose(left.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected - np.eye(3)).max() > 0.1  # the ridge leaves it short of the identity
 
@@ -92,25 +95,22 @@ def test_fitted_and_restored() -> None:
     x = features()
     whitening, other = Whitening(3), Whitening(3)
     assert not whitening.fitted
-    whitening.update(x)
-    whitening.finalize()
+    whitening.fit(one(x))
     other.load_state_dict(whitening.state_dict())
     assert other.fitted
-    torch.testing.assert_close(other(x), whitening(x))
+    torch.testing.assert_close(other(x, FIRST[:8]), whitening(x, FIRST[:8]))
 
 
 def test_constant_features_stay_finite() -> None:
     whitening = Whitening(3)
-    whitening.update(torch.ones(2, 3, 4, 4))
-    whitening.finalize()
-    assert whitening(torch.ones(2, 3, 4, 4)).abs().max() < 1e-3
+    whitening.fit(one(torch.ones(2, 3, 4, 4)))
+    assert whitening(torch.ones(2, 3, 4, 4), FIRST[:2]).abs().max() < 1e-3
 
 
 def test_bad_features() -> None:
-    with pytest.raises(ValueError, match="NaN or infinite features"):
-        Whitening(3).update(torch.full((1, 3, 2, 2), float("nan")))
-    with pytest.raises(ValueError, match="training set is empty"):
-        Whitening(3).finalize()
+    for broken in ([], one(torch.full((1, 3, 2, 2), float("nan"))), one(torch.full((1, 3, 2, 2), float("inf")))):
+        with pytest.raises(WTFlowError, match="The training features are empty, NaN or infinite"):
+            Whitening(3).fit(broken)
     with pytest.raises(
         ValueError, match=r"Unknown normalization 'batch': .*choose one of layer_norm, channel, whitening"
     ):

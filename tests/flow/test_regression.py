@@ -7,7 +7,7 @@ from torch import Tensor
 from anomalib_wtflow.flow.coupling import independent
 from anomalib_wtflow.flow.field import get_field
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.flow.regression import fit_field, regress
+from anomalib_wtflow.flow.regression import FieldTraining, TrainingPlan, fit_field, regress
 from anomalib_wtflow.flow.sampling import LEAST, PositionSampling
 
 PATH = ProbabilityPath("linear")
@@ -62,14 +62,13 @@ def test_a_generator_draws_all() -> None:
 
 def test_a_field_is_fitted_to_what_is_sampled() -> None:
     """Its velocity at points where positions are drawn, else that of whole maps."""
-    x0 = torch.randn(5, 2, 6, 6)
+    x0, plan = torch.randn(5, 2, 6, 6), TrainingPlan(max_epochs=3, batch_size=4, averaging=0.0, plateau=0.0)
     whole, drawn = Recorder(), Recorder()
-    fitted = fit_field(whole, x0, PATH, independent, steps=3, batch_size=4)
-    assert fitted is whole
-    assert [x.shape for x, _ in whole.asked] == [(4, 2, 6, 6)] * 3
+    fit_field(FieldTraining(whole, x0, PATH, "independent", plan))
+    assert [x.shape for x, _ in whole.asked] == [(4, 2, 6, 6), (1, 2, 6, 6)] * 3
     assert not whole.at_points
-    fit_field(drawn, x0, PATH, independent, steps=3, batch_size=4, sampling=PositionSampling([2], [1]))
-    assert [x.shape for x, _ in drawn.at_points] == [(4, 2, LEAST, 1)] * 3
+    fit_field(FieldTraining(drawn, x0, PATH, "independent", plan, PositionSampling([2], [1])))
+    assert [x.shape for x, _ in drawn.at_points] == [(4, 2, LEAST, 1), (1, 2, LEAST, 1)] * 3
     assert not drawn.asked
     assert not whole.training
     assert not drawn.training

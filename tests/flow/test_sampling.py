@@ -37,14 +37,14 @@ def fitted(importance: float = 1.0) -> PositionSampling:
     return sampling
 
 
-def places_of(drawn: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Tensor]:
+def indices_of(drawn: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Tensor]:
     """Which position of its layer each drawn vector is, ``(N, P)``; each must be exactly one."""
-    places = []
+    indices = []
     for part, layer in zip(drawn[..., 0].split(CHANNELS, dim=1), points, strict=True):
         equal = (part[:, :, :, None] == layer[:, :, None]).all(dim=1)
         assert (equal.sum(dim=2) == 1).all()
-        places.append(equal.int().argmax(dim=2))
-    return places
+        indices.append(equal.int().argmax(dim=2))
+    return indices
 
 
 @pytest.mark.parametrize("importance", [0.0, 0.5, 1.0, 2.0])
@@ -63,7 +63,7 @@ def test_probabilities(importance: float) -> None:
     assert torch.get_rng_state().equal(before)
     assert drawn.shape == (images, 5, LEAST, 1)
     there = [point.expand(images, -1, -1) for point in points]
-    first, second = (place.flatten().numpy() for place in places_of(drawn, there))
+    first, second = (each.flatten().numpy() for each in indices_of(drawn, there))
     joint = np.bincount(2 * first + second, minlength=16)
     expected = draws * np.outer(*exact).ravel()
     assert expected.min() > 5
@@ -75,12 +75,12 @@ def test_probabilities(importance: float) -> None:
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7), (1, 1)])
 def test_what_is_drawn_are_positions_of_each_layer(size: tuple[int, int]) -> None:
-    """As many of each layer as the grid has, divided by ``SHARE``, or ``LEAST``; each layer has places of its own."""
+    """As many of each layer as the grid has, divided by ``SHARE``, or ``LEAST``; each layer has positions of its own."""
     x0 = torch.randn(6, 11, *size)
     drawn = fitted()(x0)
     count = max(LEAST, math.ceil(size[0] * size[1] / SHARE))
     assert drawn.shape == (6, 5, count, 1)
-    fine, coarse = places_of(drawn, positions(x0))
+    fine, coarse = indices_of(drawn, positions(x0))
     assert fine.max() < 4 * size[0] * size[1]
     assert coarse.max() < size[0] * size[1]
     if count > 1:
@@ -98,7 +98,7 @@ def test_positions_come_from_every_second_row_and_column() -> None:
     x0 = torch.randn(2, 11, 3, 4)
     sampling, points, offsets = fitted(), positions(x0), []
     for seed in range(400):
-        fine, coarse = places_of(sampling(x0, torch.Generator().manual_seed(seed)), points)
+        fine, coarse = indices_of(sampling(x0, torch.Generator().manual_seed(seed)), points)
         rows, columns = coarse // 4 % 2, coarse % 4 % 2
         assert torch.equal(rows, rows[:1, :1].expand_as(rows))
         assert torch.equal(columns, columns[:1, :1].expand_as(columns))
@@ -107,7 +107,7 @@ def test_positions_come_from_every_second_row_and_column() -> None:
         offsets.append(int(2 * rows[0, 0] + columns[0, 0]))
     assert stats.chisquare(np.bincount(offsets, minlength=4)).pvalue > 1e-3
     for line in (torch.randn(500, 11, 1, 4), torch.randn(500, 11, 4, 1)):
-        _, coarse = places_of(PositionSampling(CHANNELS, DETAIL, 0.0)(line), positions(line))
+        _, coarse = indices_of(PositionSampling(CHANNELS, DETAIL, 0.0)(line), positions(line))
         assert set(coarse.flatten().tolist()) == {0, 1, 2, 3}
 
 
@@ -130,7 +130,7 @@ def test_whitening_is_that_of_each_layers_positions() -> None:
     sampling = PositionSampling(CHANNELS, DETAIL)
     assert all(torch.equal(w, torch.eye(size)) for w, size in zip(sampling.whitening, CHANNELS, strict=True))
     sampling.fit(torch.from_numpy(np.cov(rows.T, bias=True)))
-    fine = np.mean([np.cov(rows[:, [place, 4 + place]].T, bias=True) for place in range(4)], axis=0)
+    fine = np.mean([np.cov(rows[:, [k, 4 + k]].T, bias=True) for k in range(4)], axis=0)
     coarse = np.cov(rows[:, 8:].T, bias=True)
     for weight, covariance in zip(sampling.whitening, (fine, coarse), strict=True):
         ridged = covariance + 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
