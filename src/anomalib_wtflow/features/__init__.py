@@ -1,1 +1,1 @@
-"""Frozen backbones, and the cache of what they give."""
+"""Frozen backbones, and the store of what they give."""

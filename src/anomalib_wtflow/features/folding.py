@@ -1,11 +1,12 @@
 """Batch normalisations of a frozen network folded into the convolutions before them (ours)."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 @torch.no_grad()
@@ -13,10 +14,10 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
     """Fold ``bn(conv(x))`` into ``conv(x)`` wherever a batch normalisation reads what a convolution has just given.
 
     What follows the normalisation inside timm's modules, its activation, stays. Which goes with which is seen by
-    running the network, so that it works for any architecture; a transformer has none.
+    running the network, so that it works for any architecture.
 
     Args:
-        network: A network in evaluation mode, which returns a list of tensors; left as it is.
+        network: A network in evaluation mode, which returns a list of tensors.
         images: Images ``(N, 3, H, W)`` to run it on.
 
     Returns:
@@ -24,28 +25,30 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
-    folded = copy.deepcopy(network)
-    for norm, conv in _pairs(folded, images):
-        fused: Any = fuse_conv_bn_eval(conv, norm)
-        conv.weight, conv.bias = fused.weight, fused.bias
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    folded = copy.deepcopy(network, shared)  # the copy's tensors are replaced, not changed
+    expected, pairs = _observe(folded, images)
+    for norm, conv in pairs.items():
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
         rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         _replace(folded, norm, nn.Sequential(*rest))
-    expected, given = network(images), folded(images)
-    same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max()) for a, b in zip(expected, given, strict=True))
-    return folded if same else network
+    given = folded(images)
+    same = [torch.allclose(a, b, 1e-3, 1e-3 * float(a.abs().max())) for a, b in zip(expected, given, strict=True)]
+    return folded if all(same) else network
 
 
-def _pairs(network: nn.Module, images: Tensor) -> list[tuple[Any, nn.Conv2d]]:
-    """Return the batch normalisations that read a convolution's output, and those convolutions."""
+def _observe(network: nn.Module, images: Tensor) -> tuple[Sequence[Tensor], dict[Any, Any]]:
+    """Return what a network gives, and its batch normalisations that read a convolution's output, with that one."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: dict[nn.Module, nn.Conv2d] = {}
+    pairs: dict[Any, Any] = {}
 
-    def gave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def gave(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         del inputs
-        if isinstance(module, nn.Conv2d):
-            outputs[id(output)] = module, output  # held, so that no other tensor gets its id
+        outputs[id(output)] = module, output  # held, so that no other tensor gets its id
 
-    def reads(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def reads(module: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
         if id(inputs[0]) in outputs:
             pairs[module] = outputs[id(inputs[0])][0]
 
@@ -55,10 +58,10 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[Any, nn.Conv2d]]:
             hooks.append(module.register_forward_hook(gave))
         elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats and module.affine:
             hooks.append(module.register_forward_pre_hook(reads))
-    network(images)
+    maps = network(images)
     for hook in hooks:
         hook.remove()
-    return list(pairs.items())
+    return maps, pairs
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
