@@ -67,11 +67,12 @@ def get_image_size(backbone: str, image_size: int | Sequence[int] | None) -> tup
 
 
 @cache
-def all_layers(backbone: str) -> dict[str, int]:
-    """Return the names of all feature layers of a timm model, finest first, with their strides."""
+def all_layers(backbone: str) -> tuple[list[str], list[int]]:
+    """Return the names of all feature layers of a timm model, finest first, and their strides."""
     with torch.device("meta"):  # no weights are drawn
         network: Any = timm.create_model(backbone, features_only=True, exportable=True)
-    return {layer["module"]: layer["reduction"] for layer in network.feature_info.info}
+    info = network.feature_info.info
+    return [layer["module"] for layer in info], [layer["reduction"] for layer in info]
 
 
 def default_layers(strides: Sequence[int]) -> list[int]:
@@ -93,7 +94,7 @@ def layer_indices(backbone: str, layers: Sequence[str] | None) -> list[int]:
     Raises:
         WTFlowError: If a layer is unknown, or they are not in order.
     """
-    names, strides = zip(*all_layers(backbone).items(), strict=True)
+    names, strides = all_layers(backbone)
     if layers is None:
         return default_layers(strides)
     for layer in layers:
@@ -179,7 +180,7 @@ class FeatureExtractor(nn.Module):
         own, size = get_data_config(self.backbone), get_image_size(self.backbone, image_size)
         if not own.fixed or size == own.image_size:
             return size if own.fixed else None
-        step = max(all_layers(self.backbone).values())
+        step = max(all_layers(self.backbone)[1])
         above = [-(-side // step) * step for side in size]
         if above != list(size):
             below = [max(step, side // step * step) for side in size]
