@@ -9,9 +9,8 @@ if TYPE_CHECKING:
     from anomalib_wtflow.products.datamodule import Products
     from anomalib_wtflow.baselines import FastflowBaseline
     from anomalib_wtflow.data.synthetic import SyntheticParts
-    from anomalib_wtflow.diagnosis.diagnose import diagnose, diagnose_toy
+    from anomalib_wtflow.diagnosis.diagnose import diagnose
     from anomalib_wtflow.lightning_model import WTFlow
-    from anomalib_wtflow.loss import WTFlowLoss
     from anomalib_wtflow.operation.calibrate import calibrate
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
     from anomalib_wtflow.torch_model import WTFlowModel
@@ -22,12 +21,10 @@ __all__ = [
     "Products",
     "SyntheticParts",
     "WTFlow",
-    "WTFlowLoss",
     "WTFlowModel",
     "WTFlowPostProcessor",
     "calibrate",
     "diagnose",
-    "diagnose_toy",
 ]
 
 _HOMES = {
@@ -35,12 +32,10 @@ _HOMES = {
     "Products": "products.datamodule",
     "SyntheticParts": "data.synthetic",
     "WTFlow": "lightning_model",
-    "WTFlowLoss": "loss",
     "WTFlowModel": "torch_model",
     "WTFlowPostProcessor": "post_processor",
     "calibrate": "operation.calibrate",
     "diagnose": "diagnosis.diagnose",
-    "diagnose_toy": "diagnosis.diagnose",
 }
 
 

@@ -206,7 +206,8 @@ class AnomalyMapGenerator(nn.Module):
         matrix = resampling if torch.compiler.is_exporting() else constant_resampling
         # `operator.index`, unlike `int`, fixes the size in a compiled graph, which is compiled again for another.
         rows, columns = (
-            matrix(operator.index(x.shape[axis]), operator.index(size[axis]), sigma, x.device).to(x.dtype) for axis in (-2, -1)
+            matrix(operator.index(x.shape[axis]), operator.index(size[axis]), sigma, x.device).to(x.dtype)
+            for axis in (-2, -1)
         )
         return rows @ x @ columns.T
 

@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
     score: Tensor
     peak: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not the method of tuples
 
     @classmethod
     def of(cls, score: Tensor, peak: Tensor, recognition: Recognition) -> "Scores":

@@ -1,6 +1,7 @@
 """Image files: checks, marks by which they are known again, and which of them a threshold may come from."""
 
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from anomalib.data.utils import LabelName
 from PIL import Image
 from torch import Tensor
 
+from anomalib_wtflow.conformal import images_needed
 from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.fit import hold_out
 from anomalib_wtflow.flow.finite import finite
 
 DEEP_MODES = "IF"
@@ -34,6 +37,38 @@ def mark_of(path: str | Path) -> int:
 def marks_of(paths: Sequence[str]) -> Tensor:
     """Return :func:`mark_of` each file, ``(n,)`` int64, sorted; those that are no files are left out."""
     return torch.tensor(sorted(mark_of(path) for path in paths if Path(path).is_file()), dtype=torch.int64)
+
+
+def files_of(batch: Any, prefix: str = "image") -> list[str]:
+    """Return the files of a batch's images; names that begin with ``prefix`` for images of a data set without files."""
+    return list(getattr(batch, "image_path", None) or (f"{prefix} {k}" for k in range(len(batch.image))))
+
+
+def threshold_images(
+    trainer: Any, training: Mapping[str, str], rate: float | None, ratio: float
+) -> tuple[set[str], set[str]]:
+    """Choose the images that the threshold comes from.
+
+    Good validation images that are neither trained nor tested on. Where those are too few of a product for the rate, a
+    share of the training images too.
+
+    Args:
+        trainer: The trainer.
+        training: Files of the training images, with their products.
+        rate: False-alarm rate; None for anomalib's threshold, which takes the validation set.
+        ratio: Share of the training images that is held out.
+
+    Returns:
+        The files of training images to hold out, and of validation images.
+    """
+    if rate is None:
+        return set(), set()
+    good = good_validation_images(trainer, training)
+    counts = Counter(good.values())
+    if all(counts[name] >= images_needed(rate) for name in set(training.values())):
+        return set(), set(good)
+    held = hold_out(list(training.values()), ratio)
+    return {path for path, is_held in zip(training, held.tolist(), strict=True) if is_held}, set(good)
 
 
 def good_validation_images(trainer: Any, training: Mapping[str, str]) -> dict[str, str]:
@@ -82,6 +117,5 @@ def raise_for_broken(what: str, paths: Sequence[str], *values: Tensor) -> None:
     """
     broken = (~finite(*values)).nonzero().flatten().tolist()
     if broken:
-        name = paths[broken[0]] or f"image {broken[0]} of the batch"
-        msg = f"The {what} of '{name}' has NaN or infinite values: replace the image, or load or train another model."
+        msg = f"The {what} of '{paths[broken[0]]}' has NaN or infinite values: replace the image, or load or train another model."
         raise WTFlowError(msg)

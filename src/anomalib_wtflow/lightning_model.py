@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from tqdm import tqdm
 from anomalib_wtflow import __version__
 from anomalib_wtflow._registration import REPORTS, register_model
 from anomalib_wtflow.checkpoint import KEY, raise_for_content, raise_for_settings, read_checkpoint
-from anomalib_wtflow.conformal import Scores, images_needed
+from anomalib_wtflow.conformal import Scores
 from anomalib_wtflow.deploy.exports import Exports
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, get_data_config, get_image_size
 from anomalib_wtflow.features.store import FeatureStore, Row
-from anomalib_wtflow.fit import fit_model, hold_out, score_rows
-from anomalib_wtflow.images import good_validation_images, marks_of, raise_for_broken, raise_for_deep
+from anomalib_wtflow.fit import fit_model, score_rows
+from anomalib_wtflow.images import files_of, marks_of, raise_for_broken, raise_for_deep, threshold_images
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.settings import ARGUMENTS, Settings, documented, get_overrides, get_settings
+from anomalib_wtflow.settings import ARGUMENTS, Settings, documented, get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
 
 
@@ -79,7 +80,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ARGUMENTS and value is not None}
         given["false_alarm_rate"] = false_alarm_rate
-        self.settings = get_settings(recipe, **{**get_overrides(overrides), **given})
+        self.settings = get_settings(recipe, **{**(overrides or {}), **given})
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(self.settings.image_size, self.settings.backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
@@ -152,12 +153,12 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         del args, kwargs
         assert isinstance(batch.image, Tensor)
         features = self.model.extract(batch.image)
-        paths = getattr(batch, "image_path", None) or [""] * len(features)
+        paths = files_of(batch, f"image {self.global_rank} {self.store.number}")
         raise_for_deep(paths)
         raise_for_broken("features", paths, batch.image, features)
         products = getattr(batch, "product", None) or [self._product_name()] * len(features)
         self.store.add(features, paths, products)
-        self.image_size = tuple(batch.image.shape[-2:])
+        self.image_size = (batch.image.shape[-2], batch.image.shape[-1])
         return torch.zeros((), requires_grad=True)  # Lightning wants a loss
 
     def fit(self) -> None:
@@ -173,60 +174,41 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         if not rows:
             msg = "There are no training images: check the folders of the data module, or load a trained checkpoint."
             raise WTFlowError(msg)
-        validation, held = self._choose_threshold_images(rows)
+        rate = getattr(self.post_processor, "false_alarm_rate", None)
+        files = {row.path: row.product for row in rows}
+        held, validation = threshold_images(self.trainer, files, rate, self.settings.calibration_ratio)
+        calibration = [row for row in rows if row.path in held]
+        rows = [row for row in rows if row.path not in held]
         with torch.inference_mode(mode=False), torch.enable_grad():
-            self._set_products(sorted({row.product for row in rows}))
-            kept = [row for row, is_held in zip(rows, held.tolist(), strict=True) if not is_held]
-            calibration = [row for row, is_held in zip(rows, held.tolist(), strict=True) if is_held]
-            rows.clear()
-            self._fit_model(kept)
+            self._set_products(sorted(set(files.values())))
+            self.marks = {
+                "training": marks_of([row.path for row in rows]),
+                "calibration": marks_of([*held, *validation]),
+            }
+            self._fit_model(rows)
             if world > 1:  # the processes differ by rounding
                 self.load_state_dict(strategy.broadcast(self.state_dict()))
-            self.marks["training"] = marks_of([row.path for row in kept])
-            self._begin_thresholds(calibration, validation)
+            if isinstance(self.post_processor, WTFlowPostProcessor) and rate is not None:
+                features = [row.features for row in calibration]
+                scores = Scores.of(*score_rows(self.model, features, self.image_size)) if features else None
+                self.post_processor.begin(self.products, validation, scores)
+                if not self.trainer.validating:
+                    self.post_processor.set_thresholds(self.trainer)
 
     def _fit_model(self, rows: list[Row]) -> None:
         index = torch.tensor([self.products.index(row.product) for row in rows])
+        features = [row.features for row in rows]
+        rows.clear()  # the features are normalised in place, and would be kept twice
         shown = self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
 
         def log(epoch: int, loss: float) -> None:
             for logger in self.trainer.loggers:
                 logger.log_metrics({"train_loss": loss}, epoch)
 
-        losses = fit_model(
-            self.model,
-            [row.features for row in rows],
-            index,
-            self.image_size,
-            lambda epochs: tqdm(epochs, "Fitting the field", leave=False, disable=not shown, unit="epoch"),
-            log,
-        )
+        bar = partial(tqdm, desc="Fitting the field", leave=False, disable=not shown, unit="epoch")
+        losses = fit_model(self.model, features, index, self.image_size, bar, log)
         if len(losses) < self.settings.max_epochs:
             rank_zero_info(f"The fit stopped after {len(losses)} epochs: the loss no longer falls (setting plateau).")
-
-    def _choose_threshold_images(self, rows: list[Row]) -> tuple[set[str], Tensor]:
-        """Return the validation images that the threshold comes from, and a mask of the training images held out."""
-        rate = getattr(self.post_processor, "false_alarm_rate", None)
-        if rate is None:
-            return set(), torch.zeros(len(rows), dtype=torch.bool)
-        training = {row.path: row.product for row in rows}
-        good = good_validation_images(self.trainer, training)
-        products = [row.product for row in rows]
-        enough = all(list(good.values()).count(name) >= images_needed(rate) for name in set(products))
-        held = torch.zeros(len(rows), dtype=torch.bool) if enough else hold_out(products, self.settings.calibration_ratio)
-        return set(good), held
-
-    def _begin_thresholds(self, held: list[Row], validation: set[str]) -> None:
-        post = self.post_processor
-        if not isinstance(post, WTFlowPostProcessor) or post.false_alarm_rate is None:
-            return
-        scores = None
-        if held:
-            scores = Scores.of(*score_rows(self.model, [row.features for row in held], self.image_size))
-        self.marks["calibration"] = marks_of([*(row.path for row in held), *validation])
-        post.begin(self.products, validation, scores)
-        if not self.trainer.validating:
-            post.set_thresholds(self.trainer)
 
     # Products --------------------------------------------------------------------------------------------------------
 
@@ -266,7 +248,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         """
         del args, kwargs
         assert isinstance(batch.image, Tensor)
-        paths = getattr(batch, "image_path", None) or [""] * len(batch.image)
+        paths = files_of(batch)
         raise_for_deep(paths)
         predictions = self.model(batch.image)
         raise_for_broken("score", paths, predictions.pred_score, predictions.anomaly_map)

@@ -46,12 +46,14 @@ def optional(rule: Rule) -> Rule:
 
 
 def is_size(value: Any) -> bool:
+    """Whether a value is an image size: None, a side, or a height and a width."""
     if value is None or whole(1).holds(value):
         return True
     return isinstance(value, tuple | list) and len(value) == 2 and all(whole(1).holds(side) for side in value)
 
 
 def is_names(value: Any) -> bool:
+    """Whether a value is None or a list of names."""
     if value is None:
         return True
     return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)

@@ -5,7 +5,6 @@ this module knows the parts and none of them knows it.
 """
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache
 from inspect import cleandoc, signature
@@ -291,22 +290,6 @@ def get_settings(recipe: str = "default", **changes: Any) -> Settings:
 def option(name: str) -> str:
     """Return the command line's option for a setting: ``--model.seed``, ``--model.overrides.coupling``."""
     return f"--model.{name}" if name in ARGUMENTS else f"--model.overrides.{name}"
-
-
-def get_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a model's overrides, which name none of its own arguments.
-
-    Raises:
-        WTFlowError: If they are no mapping, or a setting among them is an argument of its own.
-    """
-    if not isinstance(overrides, Mapping | None):
-        msg = f"overrides is {overrides!r}: give settings by name, as {{'coupling': 'independent'}}."
-        raise WTFlowError(msg)
-    for name in overrides or {}:
-        if name in ARGUMENTS:
-            msg = f"'{name}' stands among the overrides: it is an argument of its own, so give it as {option(name)}."
-            raise WTFlowError(msg)
-    return dict(overrides or {})
 
 
 def documented(cls: _Class) -> _Class:

@@ -52,9 +52,11 @@ class WTFlowModel(nn.Module):
         self.solver = get_solver(s.solver, s.steps)
         # A number, not a tensor to be read at each call, which would split a compiled graph.
         self.start_scale = self.path.coefficients(torch.tensor(s.start_time)).a.item()
-        self.feature_extractor = FeatureExtractor(
-            s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.detail, s.image_size
-        )
+        with torch.random.fork_rng(devices=[]):  # the weights of a random backbone depend on the seed alone
+            torch.default_generator.manual_seed(s.seed)
+            self.feature_extractor = FeatureExtractor(
+                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.detail, s.image_size
+            )
         self.channels, self.detail = self.feature_extractor.channels, self.feature_extractor.detail
         self.normalization = get_normalization(s.normalization, self.feature_extractor.out_channels)
         self.field = self.build_field()

@@ -19,6 +19,8 @@ CHECK_EVERY = 5
 """Epochs between two looks at the loss of the averaged weights."""
 FIRST_CHECK = 20
 """First epoch after which the training may stop: an average over fewer steps is not settled."""
+EVALUATED = 32
+"""Data points whose loss is evaluated at a time."""
 REFERENCE_ROWS = 96
 """Data points whose loss decides when the training stops."""
 
@@ -104,6 +106,8 @@ class FieldTraining:
         self.field, self.x0, self.path, self.coupling, self.plan = field, x0, path, COUPLINGS[coupling], plan
         self.sampling, self.class_embedding = sampling, class_embedding
         self.device = next(field.parameters()).device
+        # Reused: a new batch would be mapped anew by the C library in each step, which takes longer than to fill it.
+        self.batch = x0[0].new_empty(max(plan.batch_size, EVALUATED), *x0[0].shape)
         self.order = Generator().manual_seed(plan.seed)
         self.noise = self._generator()
         self.averaged = copy.deepcopy(field) if plan.averaging else field
@@ -121,7 +125,7 @@ class FieldTraining:
 
     def loss(self, field: nn.Module, rows: Tensor, generator: Generator) -> Tensor:
         """Return the matching loss of a field on some data points, by their indices."""
-        x0 = torch.stack([self.x0[k] for k in rows.tolist()]).to(self.device)
+        x0 = torch.stack([self.x0[k] for k in rows.tolist()], out=self.batch[: len(rows)]).to(self.device)
         velocity: Any = field
         if self.sampling is not None:
             velocity, x0 = field.points, self.sampling(x0, generator)
@@ -153,8 +157,8 @@ class FieldTraining:
             share = 1 / (1 + self.plan.averaging * self.steps)
             for mean, value in zip(self.averaged.parameters(), self.field.parameters(), strict=True):
                 mean.lerp_(value, share)
-            for mean, value in zip(self.averaged.buffers(), self.field.buffers(), strict=True):
-                mean.copy_(value)
+            for kept, current in zip(self.averaged.buffers(), self.field.buffers(), strict=True):
+                kept.copy_(current)
         self.steps += 1
 
     @torch.no_grad()
@@ -162,7 +166,7 @@ class FieldTraining:
         """Return the averaged weights' loss on the same data points, positions, times and noise each time."""
         self.averaged.eval()
         noise = Generator(self.device).manual_seed(self.reference_seed)
-        parts = [self.loss(self.averaged, rows, noise) * len(rows) for rows in self.reference.split(32)]
+        parts = [self.loss(self.averaged, rows, noise) * len(rows) for rows in self.reference.split(EVALUATED)]
         return float(sum(parts)) / len(self.reference)
 
 

@@ -161,7 +161,9 @@ class Products(AnomalibDataModule):
         found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         missing = [name for name in products or [] if name not in found]
         if missing or not found:
-            msg = f"There is no product folder '{root / (missing or ['*'])[0]}': '{root}' has {', '.join(found) or None}."
+            msg = (
+                f"There is no product folder '{root / (missing or ['*'])[0]}': '{root}' has {', '.join(found) or None}."
+            )
             raise WTFlowError(msg)
         return {name: self._folder(root / name) for name in (found if products is None else products)}
 

@@ -21,7 +21,7 @@ class Recognition(NamedTuple):
     Above a distance of 1 the image shows none of the known products.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not the method of tuples
     distance: Tensor
 
     @property
