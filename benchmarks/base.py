@@ -1,4 +1,4 @@
-"""Results as JSON lines, which no interruption destroys, and processes of their own; standard library only."""
+"""Results as JSON lines, and processes of their own; standard library only."""
 
 import json
 import os
@@ -23,20 +23,9 @@ def identity(line: Line, names: Sequence[str]) -> str:
     return json.dumps([line.get(name) for name in names], sort_keys=True)
 
 
-def parse(text: str) -> Line | None:
-    """Parse a line; None for one that was cut short."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
-
-
 def read(path: Path) -> list[Line]:
-    """Read the results; a line that was cut short is left out."""
-    lines = [parse(text) for text in path.read_text().splitlines()] if path.is_file() else []
-    if None in lines:
-        print(f"A line of {path} is cut short and left out.", file=sys.stderr)
-    return [line for line in lines if line is not None]
+    """Read results, if there are any."""
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
 
 
 def need(name: str, path: Path | None = None) -> list[Line]:

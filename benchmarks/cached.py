@@ -1,12 +1,11 @@
-"""Experiments on cached features: the backbone's layers computed once, and WTFlow trained and scored on them.
+"""Experiments on cached features: the backbone's layers computed once, and WTFlow fitted and scored on them.
 
-A point of an experiment is a dictionary: WTFlow's settings, and what :data:`EXTRAS` adds to them.
+A point of an experiment is a dictionary of WTFlow's settings. A ``start_time`` of None is the control without a flow.
 """
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,13 +16,9 @@ from torch import Tensor
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.features.backbone import FeatureExtractor
-from anomalib_wtflow.flow.schedule import SCHEDULERS
-from anomalib_wtflow.loss import WTFlowLoss
-from anomalib_wtflow.settings import get_settings
+from anomalib_wtflow.fit import fit_background, fit_model, fit_statistics, hold_out
+from anomalib_wtflow.settings import Settings, get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
-from anomalib_wtflow.training.calibration import SLICE_SEED
-from anomalib_wtflow.training.feature_caching import REFERENCE_IMAGES
-from anomalib_wtflow.training.plateau import has_settled, matching_loss_of
 from benchmarks.common import METRICS, track
 from benchmarks.datasets import data_module, every_fourth_pixel, has_masks
 
@@ -31,25 +26,22 @@ LAYERS = ["blocks.1", "blocks.2", "blocks.4", "blocks.6"]
 """At strides 4, 8, 16 and 32."""
 MAP = (256, 256)
 BATCH = 32
-EXTRAS = {"ridge": 0.01, "limit": True}
-"""Ridge of the normalisation, and whether the contrast has its limit."""
-SCORE = ("density", "anomaly_map", "sigma", "top_fraction", "image_score", "contrast", "limit")
+SCORE = ("density", "anomaly_map", "sigma", "top_fraction", "image_score", "background_slope")
 """What turns end points of the flow into a map and a score."""
 INFERENCE = ("start_time", "steps", *SCORE)
 """What does not need another training."""
-FEATURES = ("layers", "detail", "pool_size", "normalization", "ridge", *SCORE)
-"""What the control without a flow, whose start time is None, depends on."""
+FEATURES = ("layers", "detail", "pool_size", "normalization", *SCORE)
+"""What the control without a flow depends on."""
 Point = dict[str, Any]
 
 
 class Images(NamedTuple):
-    """Backbone maps by layer, labels, every fourth pixel of the masks, or None; and the images held out."""
+    """Backbone maps by layer, labels, and every fourth pixel of the masks, or None."""
 
     train: dict[str, Tensor]
     test: dict[str, Tensor]
     labels: Tensor
     masks: Tensor | None
-    held: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class Result(NamedTuple):
@@ -67,19 +59,12 @@ def start(**changes: Any) -> Point:
     Raises:
         ValueError: If there is no such setting.
     """
-    point = {**json.loads(json.dumps(asdict(get_settings()))), **EXTRAS}
+    point = get_settings().plain()
     for name in changes:
         if name not in point:
             msg = f"There is no setting '{name}': choose from {', '.join(point)}."
             raise ValueError(msg)
     return {**point, **changes}
-
-
-def held_out(count: int) -> tuple[list[int], list[int]]:
-    """Return which of the training images WTFlow holds out for its threshold, a fifth, and which it keeps."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SLICE_SEED)).tolist()
-    held = max(1, round(get_settings().calibration_ratio * count))
-    return sorted(order[:held]), sorted(order[held:])
 
 
 @torch.no_grad()
@@ -88,37 +73,23 @@ def load(name: str) -> Images:
     module = data_module(name)
     extractor = FeatureExtractor(layers=LAYERS)
     transform = WTFlow.configure_pre_processor().transform
-    held, kept = held_out(len(module.train_data))
-    labels, masks = [], []
+    held = hold_out([name] * len(module.train_data), Settings.calibration_ratio)
 
-    def extract(items: Iterable[Any]) -> dict[str, Tensor]:
-        rows = [[m.half() for m in extractor.network(transform(item.image[None]))] for item in items]
+    def extract(data: Any, indices: Iterable[int], what: str) -> dict[str, Tensor]:
+        images = (data[k].image[None] for k in track(list(indices), f"{name}, {what}"))
+        rows = [[layer.half() for layer in extractor.network(transform(image))] for image in images]
         return dict(zip(LAYERS, map(torch.cat, zip(*rows, strict=True)), strict=True))
 
-    def tested() -> Iterator[Any]:
-        for index in track(range(len(module.test_data)), f"{name}, test"):
-            item = module.test_data[index]
-            labels.append(bool(item.gt_label))
-            masks.append(every_fourth_pixel(item, MAP))
-            yield item
-
-    train, held_maps = (
-        extract(module.train_data[index] for index in track(indices, f"{name}, {what}"))
-        for indices, what in ((kept, "training"), (held, "held out"))
-    )
-    test = extract(tested())
-    return Images(train, test, torch.tensor(labels), torch.stack(masks) if has_masks(module) else None, held_maps)
+    train = extract(module.train_data, (~held).nonzero().flatten().tolist(), "training")
+    test = extract(module.test_data, range(len(module.test_data)), "test")
+    labels = torch.tensor(module.test_data.samples["label_index"].tolist()) > 0
+    masks = torch.stack([every_fourth_pixel(item, MAP) for item in module.test_data]) if has_masks(module) else None
+    return Images(train, test, labels, masks)
 
 
 def untrained(point: Point) -> WTFlowModel:
     """Build a point's model."""
-    chosen = {name: value for name, value in point.items() if name not in EXTRAS and value is not None}
-    return WTFlowModel(get_settings(**chosen)).eval()
-
-
-def reference_of(x0: Tensor) -> Tensor:
-    """Return about as many training images as WTFlow tells the contrast and the end of a training from."""
-    return x0[:: len(x0) // REFERENCE_IMAGES + 1]
+    return WTFlowModel(get_settings(**{name: value for name, value in point.items() if value is not None}))
 
 
 @torch.no_grad()
@@ -129,40 +100,10 @@ def features(model: WTFlowModel, maps: dict[str, Tensor], point: Point) -> Tenso
     return torch.cat([model.feature_extractor.stack([layer.float() for layer in part]) for part in parts])
 
 
-@torch.no_grad()
-def normalise(model: WTFlowModel, x: Tensor, point: Point) -> Tensor:
-    """Fit the normalisation on training features, and apply it to them."""
-    module: Any = model.normalization
-    if module.needs_fit:
-        module.ridge = point["ridge"]
-        for part in x.split(BATCH):
-            model.update(part, torch.zeros(len(part), dtype=torch.int64))
-        model.finalize()
-    return torch.cat([module(part) for part in x.split(BATCH)])
-
-
-def train(model: WTFlowModel, x0: Tensor, point: Point) -> float:
-    """Train a model's field as WTFlow does, on normalised features; return the seconds."""
-    torch.manual_seed(point["seed"])
-    s, loss = model.settings, WTFlowLoss()
-    optimizer = torch.optim.AdamW(model.field.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
-    schedule = SCHEDULERS[s.scheduler](s.max_epochs * -(-len(x0) // BATCH))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    reference, losses = reference_of(x0), []
-    begin = time.perf_counter()
-    model.field.train()
-    for _ in range(s.max_epochs):
-        for batch in x0[torch.randperm(len(x0))].split(BATCH):
-            optimizer.zero_grad()
-            loss(*model.regress(batch)).backward()
-            optimizer.step()
-            scheduler.step()
-            model.average()
-        if s.plateau:
-            losses.append(matching_loss_of(model, reference))
-            if has_settled(losses, s.plateau):
-                break
-    return time.perf_counter() - begin
+def identity(x0: Tensor, index: Tensor) -> Tensor:
+    """No flow: the features stay where they are."""
+    del index
+    return x0
 
 
 class Cache:
@@ -180,48 +121,36 @@ class Cache:
 
     def trained(self, data: str, point: Point) -> tuple[WTFlowModel, float]:
         """Train at a point, unless only the inference is another than the last time; with the seconds it took."""
-        flow, images = point["start_time"] is not None, self.images(data)
-        model = untrained(point)
+        flow, images, model = point["start_time"] is not None, self.images(data), untrained(point)
+        if not flow:
+            model.flow = identity  # type: ignore[method-assign]
+        index = torch.zeros(len(images.train[LAYERS[0]]), dtype=torch.int64)
         training = json.dumps([data, flow, {name: value for name, value in point.items() if name not in INFERENCE}])
         if self.last[0] != training:
-            x0 = normalise(model, features(model, images.train, point), point)
-            seconds = train(model, x0, point) if flow else 0.0
-            self.last = (training, model.state_dict(), reference_of(x0), seconds)
-        _, state, reference, seconds = self.last
+            rows, begin = list(features(model, images.train, point)), time.perf_counter()
+            if flow:
+                fit_model(model, rows, index, MAP)
+            else:
+                fit_statistics(model, rows, index)
+            seconds = time.perf_counter() - begin if flow else 0.0
+            self.last = (training, model.state_dict(), rows, seconds)
+        _, state, rows, seconds = self.last
         # How the image score is taken belongs to the inference.
-        own = {name: value for name, value in state.items() if not name.startswith("anomaly_map_generator")}
-        model.load_state_dict(own, strict=False)
-        model.eval()
-        if not flow:
-            model.flow = identity
-        model.observe(reference, MAP)
-        if not point["limit"]:
-            model.anomaly_map_generator.limit.fill_(float("inf"))
-            model.anomaly_map_generator.offset.zero_()
+        fitted = {name: value for name, value in state.items() if not name.startswith("anomaly_map_generator")}
+        model.load_state_dict(fitted, strict=False)
+        fit_background(model, rows, index, MAP)
         return model, seconds
 
+    @torch.no_grad()
     def result(self, data: str, point: Point) -> Result:
         """Train at a point, and score the test images."""
         model, seconds = self.trained(data, point)
-        scores, pixels = score(model, self.images(data).test, point)
+        x = features(model, self.images(data).test, point)
+        parts = [model.predict(part, MAP) for part in x.split(BATCH)]
+        pixels = torch.cat([part.anomaly_map[:, 0, 2::4, 2::4] for part in parts])
         flow = point["start_time"] is not None
         parameters = sum(p.numel() for p in model.field.parameters()) if flow else 0
-        return Result(scores, pixels, parameters, round(seconds, 1))
-
-
-def identity(x0: Tensor, product: Tensor | None = None) -> Tensor:
-    """No flow: the features stay where they are."""
-    del product
-    return x0
-
-
-@torch.no_grad()
-def score(model: WTFlowModel, maps: dict[str, Tensor], point: Point) -> tuple[Tensor, Tensor]:
-    """Score images by their backbone maps: image scores, and every fourth pixel of the maps in each direction."""
-    x = features(model, maps, point)
-    parts = [model.score(model.normalization(part), MAP) for part in x.split(BATCH)]
-    pixels = torch.cat([part.anomaly_map[:, 0, 2::4, 2::4] for part in parts])
-    return torch.cat([part.pred_score for part in parts]), pixels
+        return Result(torch.cat([part.pred_score for part in parts]), pixels, parameters, round(seconds, 1))
 
 
 def measure(result: Result, images: Images) -> dict[str, float]:

@@ -18,7 +18,7 @@ from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise
 from anomalib_wtflow.features.backbone import FeatureExtractor
 from benchmarks.base import Line
 from benchmarks.common import track
-from benchmarks.models import IMAGE_SIZE, LiteFastflow, neighbours, packaged_network
+from benchmarks.models import IMAGE_SIZE, LiteFastflow, neighbours, packaged_network, with_statistics
 from benchmarks.runtimes import OPENERS, Call, draw_images
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -52,18 +52,11 @@ class Backbone(nn.Module):
         return self.feature_extractor._maps(images.contiguous(memory_format=torch.channels_last))
 
 
-def wtflow(images: int) -> WTFlow:
-    """WTFlow with statistics of as many images, which are the same 8 of noise again and again."""
+@torch.no_grad()
+def wtflow() -> WTFlow:
+    """WTFlow with statistics of noise."""
     model = WTFlow().eval()
-    torch_model: Any = model.model
-    features = torch_model.extract(torch.randn(8, 3, *SIZE))
-    for _ in range(images // 8):
-        torch_model.normalization.update(features)
-    torch_model.normalization.finalize()
-    torch_model.observe(torch_model.normalization(features), SIZE)
-    model.post_processor._image_threshold.fill_(0.5)
-    model.post_processor._pixel_threshold.fill_(0.5)
-    return model
+    return with_statistics(model, model.model.extract(torch.randn(8, 3, *SIZE)), torch.zeros(8, dtype=torch.int64))
 
 
 def baseline(build: Callable[..., Any], **kwargs: Any) -> Any:
@@ -93,8 +86,7 @@ def padim() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "backbone": lambda: Backbone().eval(),
     "backbone (timm)": lambda: packaged_network().eval(),
-    "WTFlow": partial(wtflow, 100),
-    "WTFlow 3000": partial(wtflow, 3000),
+    "WTFlow": wtflow,
     "FastFlow": partial(baseline, LiteFastflow),
     "Padim": padim,
     **{f"Patchcore {images}": partial(patchcore, images) for images in BANKS},
@@ -129,7 +121,7 @@ def to_openvino(precision: str, model: Any, folder: Path) -> Path:
 
 EXPORTS: dict[str, Callable[[Any, Path], Path]] = {
     "onnxruntime": to_onnx,
-    **{name: partial(to_openvino, name.split()[1].strip(",")) for name in OPENERS if name.startswith("OpenVINO")},
+    **{name: partial(to_openvino, name.split()[1]) for name in OPENERS if name.startswith("OpenVINO")},
 }
 
 
@@ -172,22 +164,19 @@ def load(name: str, runtime: str, folder: Path) -> tuple[Call, Path | None]:
     return call, path
 
 
-def interleaved(
-    calls: dict[Variant, Callable[[], Any]], rounds: int, prepare: Callable[[Variant], Any] = lambda _: None
-) -> dict[Variant, list[float]]:
+def interleaved(calls: dict[Variant, Callable[[], Any]], rounds: int) -> dict[Variant, list[float]]:
     """Seconds of each call in each round, after a round that is not counted.
 
     The calls take turns, forwards and backwards, so that a drift of the machine falls on both sides of a ratio. Each
     comes after a pause in which the threads of the runtime before it stop spinning, and several times: the first, not
     timed, brings its weights back into the processor's caches. A machine that runs one model has neither another's
-    threads nor another's weights. What counts is the median of the others. ``prepare`` comes before a variant's turn.
+    threads nor another's weights. What counts is the median of the others.
     """
     seconds: dict[Variant, list[float]] = {variant: [] for variant in calls}
     for turn in track(range(rounds + 1), "Measuring"):
         order = list(calls.items())
         for variant, call in order if turn % 2 else order[::-1]:
             time.sleep(PAUSE)
-            prepare(variant)
             call()
             taken: list[float] = []
             while len(taken) < REPEATS and sum(taken) < ENOUGH:

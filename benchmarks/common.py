@@ -7,7 +7,6 @@ that what is there is not repeated. ``render(lines)`` returns the text that the 
 ``--quick`` sets; ``compare(lines)`` says what that found, in place of ``verdicts``. It may lack any of them.
 """
 
-import json
 import logging
 import platform
 import statistics
@@ -27,16 +26,10 @@ from benchmarks.base import Line, identity, need, put, read, results
 
 CONSOLE = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 HELP = {
-    "base": "JSON: what differs from WTFlow's defaults",
     "data": "names, folders in MVTec's layout, or CLASS:CATEGORY",
-    "no-memo": "pass images through the backbone again and again",
     "root": "folder of the data sets given as CLASS:CATEGORY",
-    "predictions": "of each runtime, at most",
     "rounds": "in which what is compared takes turns",
-    "seconds": "of each runtime, at most",
     "seeds": "seeds of the trainings",
-    "sides": "positions a side",
-    "tiny": "a tiny model at 33 x 33 pixels",
 }
 METRICS = {
     "image_AUROC": "image AUROC",
@@ -81,7 +74,7 @@ def parse(name: str, module: Any, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--output", type=Path, help="where results are and go, in place of the committed ones")
     for option, default in getattr(module, "OPTIONS", {}).items():
         several, first = isinstance(default, tuple), default[0] if isinstance(default, tuple) else default
-        kind = Path if first is None else json.loads if isinstance(first, dict) else type(first)
+        kind = Path if first is None else type(first)
         more: dict[str, Any] = {"type": kind, "nargs": "+" if several else None, "help": HELP.get(option)}
         if option not in HELP:
             more |= {"choices": default, "metavar": option.upper(), "help": ", ".join(default)}

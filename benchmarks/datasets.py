@@ -18,6 +18,9 @@ FOLDERS["mvtec_bottle"] /= "bottle"
 REAL = ("mvtec_bottle", "magnetic_tile")
 """Those with masks, by which the defaults were chosen."""
 DATA = (*FOLDERS, "synthetic")
+"""What the benchmarks of accuracy take by default."""
+MORE = {"ball_screw": SHARED / "ball_screw"}
+"""What may be asked for besides."""
 
 
 def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> AnomalibDataModule:
@@ -26,8 +29,8 @@ def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> An
     Validation is the test set again, since anomalib 2.7 fails without one; the benchmark runs no validation.
 
     Args:
-        name: One of :data:`DATA`, a folder in MVTec's layout, or a class of ``anomalib.data`` with its category, as
-            ``MVTecAD:screw``, ``Visa:candle``, ``BTech:01``.
+        name: One of :data:`DATA` or :data:`MORE`, a folder in MVTec's layout, or a class of ``anomalib.data`` with its
+            category, as ``MVTecAD:screw``, ``Visa:candle``, ``BTech:01``.
         root: Folder of the last kind; None for anomalib's default.
         batch_size: Training batch size.
 
@@ -35,7 +38,7 @@ def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> An
         FileNotFoundError: If there is no such data set.
     """
     options: dict[str, Any] = {"train_batch_size": batch_size, "num_workers": 0, "val_split_mode": "same_as_test"}
-    folder = FOLDERS.get(name, Path(name))
+    folder = {**FOLDERS, **MORE}.get(name, Path(name))
     if name == "synthetic":
         module: AnomalibDataModule = SyntheticParts(**options)
     elif ":" in name and not folder.exists():
@@ -45,7 +48,7 @@ def data_module(name: str, root: Path | None = None, batch_size: int = 32) -> An
     elif folder.is_dir():
         module = mvtec_layout(folder, **options)
     else:
-        choices = f"{', '.join(DATA)}, a folder in MVTec's layout, or a class and category as MVTecAD:screw"
+        choices = f"{', '.join((*DATA, *MORE))}, a folder in MVTec's layout, or a class and category as MVTecAD:screw"
         raise FileNotFoundError(f"There is no data set '{name}': give one of {choices}.")
     module.prepare_data()
     module.setup()

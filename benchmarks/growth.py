@@ -1,23 +1,22 @@
-"""How a training's time and memory grow with images, with the images' size, and where an epoch of many products goes.
+"""How training grows with images, with the images' size, and with products: seconds of collection and fit, memory.
 
     python -m benchmarks growth                      all parts
     python -m benchmarks growth --parts images
     python -m benchmarks growth --quick              few images, small ones, two products
 
-Through anomalib's ``Engine``, two epochs, each run in a process of its own. ``images`` are that many good ones in one
-anomalib ``Folder`` (a tenth of them validation, a tenth test) with features of noise in the backbone's place, of the
-size that 256 x 256 pixels give, so that what is measured is everything but the backbone; ``size`` are 64 drawn parts
-and WTFlow's backbone, 16 images a batch. ``before`` are the seconds from the start of the fit to the first epoch:
-reading images, the backbone (but for ``images``), normalisation. Memory is the process's peak, ``of it files`` what the
-memory-mapped cache has of it at the end, which the machine can take back. ``budget`` are the GiB that the cache may
-have of the memory. ``products`` are drawn ones, 24 training images each; what else grows with them is in ``python -m
-benchmarks products --parts growth``.
+Through anomalib's ``Engine``, each run in a process of its own, whose peak memory is given. ``images`` are good ones in
+one anomalib ``Folder``, with features of noise in the backbone's place, of the size that 256 x 256 pixels give, and a
+fit of two epochs. ``feature_memory`` holds the features of 25,000 images, so more of them take no more memory and no
+longer fit: 100,000 may take 1.1 times the memory of 25,000. ``size`` are 64 drawn parts and WTFlow's backbone, two
+epochs. ``products`` are drawn ones, 24 training images each, and a fit of 30 epochs; each model is tested on each
+product, and WTFlow at its own thresholds.
 """
 
+import logging
+import statistics
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,157 +24,154 @@ from typing import Any
 
 import torch
 from anomalib.data import Folder
-from anomalib.engine import Engine
-from lightning import LightningModule, Trainer
-from lightning.pytorch import Callback
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from anomalib_wtflow import SyntheticParts, WTFlow
-from anomalib_wtflow.features.cache import FeatureDataset
-from anomalib_wtflow.training.calibration import Calibration
-from anomalib_wtflow.training.contrast import Contrast
-from anomalib_wtflow.training.plateau import Plateau
+from anomalib_wtflow import Products, SyntheticParts, WTFlow
 from benchmarks.base import ROOT, Line, call, peak_MiB
-from benchmarks.common import Job, machine_of, table
-from benchmarks.products import drawn
+from benchmarks.common import Job, Promise, Verdict, machine_of, table
+from benchmarks.models import build, model_bytes, quiet_engine, timed_fit
 
 PARTS = ("images", "size", "products")
-IMAGES = (100, 300, 1000, 3000, 10_000, 20_000)
-BUDGET = 4.0
-BUDGETS = {3000: (BUDGET, 0.25)}
-"""GiB of memory that the cache may take; the second is too small, so that the features are in a file."""
+IMAGES = (100, 1000, 10_000, 25_000, 100_000)
+FILLED = 25_000
+"""Images whose features fill the budget."""
 SIZES = (128, 256, 512, 1024)
-PRODUCTS = (1, 8, 32)
-EPOCHS = 2
-KEY = ("part", "count", "budget")
+PRODUCTS = {"WTFlow": (1, 8, 32), "Patchcore": (1, 8)}
+"""The greedy coreset's time grows with the square of the images."""
+ROW_BYTES = 4 * 176 * 16 * 16
+DRAWN = ROOT / "datasets" / "SyntheticParts"
+KEY = ("part", "model", "count", "filled")
 OPTIONS = {"parts": PARTS}
-QUICK: dict[str, Any] = {}
-FEW = {"images": (100, 300), "size": (128,), "products": (1, 2)}
-TIMED = {
-    "contrast": (Contrast, "observe"),
-    "thresholds": (Calibration, "calibrate"),
-    "plateau": (Plateau, "on_train_epoch_end"),
-    "validation": (WTFlow, "validation_step"),
-}
-"""What an epoch does beside its steps, and where."""
+FEW: dict[str, tuple[int, ...]] = {"images": (100, 400), "size": (128,)}
+CONSTANT = Promise("Memory of 100,000 images / of 25,000", most=1.1)
 
 
-class Clock(Callback):
-    """Seconds before the first epoch, of each epoch, and of what each does beside its steps."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.before: float | None = None
-        self.spent: Counter[str] = Counter()
-        self.cache = self.in_files = 0
-
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Time a function."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.spent[name] += time.perf_counter() - begin  # type: ignore[assignment]
-
-        return timed
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note when the first epoch begins."""
-        del trainer, pl_module
-        if self.before is None:
-            self.before = time.perf_counter() - self.start
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how large the cache is, before it is given back, and how much of the memory is that of files."""
-        del pl_module
-        module: Any = trainer.datamodule  # type: ignore[attr-defined]
-        stores = [each.store for each in (module.train_data, module.val_data) if isinstance(each, FeatureDataset)]
-        self.cache = sum(store.rows.numel() * 4 for store in stores if store is not None and store.rows is not None)
-        status = Path("/proc/self/status").read_text().splitlines()
-        self.in_files = round(int(next(line for line in status if line.startswith("RssFile")).split()[1]) / 1024)
-
-
-def noise(images: Tensor, channels: int) -> Tensor:
-    """Features of noise, as many positions as the backbone has."""
-    return torch.randn(len(images), channels, images.shape[-2] // 16, images.shape[-1] // 16)
+def noise(images: Tensor) -> Tensor:
+    """Features of noise, as many as the default backbone has."""
+    return torch.randn(len(images), 176, images.shape[-2] // 16, images.shape[-1] // 16)
 
 
 def tiny(folder: Path, count: int) -> Folder:
-    """A folder of good images of 8 x 8 pixels, which are resized."""
-    (folder / "good").mkdir(parents=True)
-    for index in range(count):
-        Image.new("RGB", (8, 8), (index % 256, 128, 128)).save(folder / "good" / f"{index:06d}.png")
-    return Folder("growth", "good", folder, num_workers=0, seed=0)
+    """A folder of good images of 8 x 8 pixels, which are resized, and some to test on."""
+    for name, images in (("good", count), ("test", 4)):
+        (folder / name).mkdir(parents=True)
+        for k in range(images):
+            Image.new("RGB", (8, 8), (k % 256, 128, 128)).save(folder / name / f"{k:06d}.png")
+    options = {"num_workers": 0, "val_split_mode": "same_as_test"}
+    return Folder("growth", "good", folder, normal_test_dir="test", **options)
 
 
-def measure(part: str, count: int, budget: float) -> Line:
-    """Train in this process, and measure it."""
-    import logging
-
+def grow(part: str, count: int, filled: int) -> Line:
+    """Train on so many images, or on images of that side, in this process, and measure it."""
     logging.disable(logging.WARNING)
     size = count if part == "size" else 256
-    model = WTFlow(max_epochs=EPOCHS, image_size=size, overrides={"feature_cache": budget})
+    overrides = {"feature_memory": filled * ROW_BYTES / 2**30}
+    model = WTFlow(max_epochs=2, image_size=size, overrides=overrides, visualizer=False)
+    fits = timed_fit(model)
     with TemporaryDirectory() as folder:
         module: Any
         if part == "images":
             module = tiny(Path(folder) / "data", count)
-            model.model.extract = partial(noise, channels=sum(model.model.channels))  # type: ignore[method-assign]
-        elif part == "size":
-            root = ROOT / "datasets" / "SyntheticParts"
-            module = SyntheticParts(root, train_images=64, test_images=16, defect_images=4, side=size)
+            model.model.extract = noise  # type: ignore[method-assign]
         else:
-            module = drawn(count)
+            module = SyntheticParts(DRAWN, train_images=64, test_images=16, defect_images=4, side=size)
         module.prepare_data()
-        clock = Clock()
-        for name, (kind, method) in TIMED.items():
-            setattr(kind, method, clock.wrap(name, getattr(kind, method)))
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        engine = Engine(default_root_dir=folder, callbacks=[clock], **quiet)
-        clock.start = time.perf_counter()
-        engine.fit(model, datamodule=module)
-        seconds = time.perf_counter() - clock.start
-    assert clock.before is not None
-    return {
-        "trained_on": len(module.train_data),
-        "before": round(clock.before, 2),
-        "epoch_seconds": round((seconds - clock.before) / EPOCHS, 3),
-        "spent": {name: round(clock.spent[name] / EPOCHS, 3) for name in TIMED},
-        "MiB": peak_MiB(),
-        "in_files": clock.in_files,
-        "cache_MB": round(clock.cache / 1e6, 1),
-    }
+        start = time.perf_counter()
+        quiet_engine(folder).fit(model, datamodule=module)
+        seconds = time.perf_counter() - start
+    kept = len(model.marks["training"]) + len(model.marks["calibration"])
+    return {"kept": kept, **parted(seconds, fits), "MiB": peak_MiB()}
+
+
+def parted(seconds: float, fits: list[float]) -> Line:
+    """Return the seconds of the whole, of the collection and of the fit, as far as they are known."""
+    line = {"fit_seconds": round(seconds, 2)}
+    return {**line, "collected": round(seconds - fits[0], 2), "fitted": round(fits[0], 2)} if fits else line
+
+
+def drawn(count: int) -> Products:
+    """Drawn products, as many as asked for."""
+    images = {"train_images": 24, "test_images": 8, "defect_images": 4}
+    return Products(members={f"product {k:02d}": SyntheticParts(DRAWN, product=k, **images) for k in range(count)})
+
+
+def grow_products(row: str, count: int) -> Line:
+    """Train one model on so many drawn products in this process, and test it on each."""
+    logging.disable(logging.WARNING)
+    products = drawn(count)
+    products.prepare_data()
+    model = build(row, "drawn", **({"max_epochs": 30} if row == "WTFlow" else {}))
+    fits = timed_fit(model) if row == "WTFlow" else []
+    values, counts = [], dict.fromkeys(("good", "false_alarms", "recognised"), 0)
+    with TemporaryDirectory() as folder:
+        engine = quiet_engine(folder)
+        begin = time.perf_counter()
+        engine.fit(model, datamodule=products)
+        seconds, memory = time.perf_counter() - begin, peak_MiB()
+        for name, member in products.members.items():
+            batches = engine.predict(model, datamodule=member)
+            labels = torch.cat([batch.gt_label for batch in batches]).bool()
+            values.append(float(roc_auc_score(labels, torch.cat([batch.pred_score for batch in batches]))))
+            for batch in batches if row == "WTFlow" else ():
+                good = ~batch.gt_label.bool()
+                counts["good"] += int(good.sum())
+                counts["false_alarms"] += int(batch.pred_label[good].sum())
+                named = torch.tensor([each == name for each in batch.recognition.names(model.products)])
+                counts["recognised"] += int(named[good].sum())
+    line = {"image_AUROC": round(statistics.mean(values), 5), "least": round(min(values), 5)}
+    line |= {**parted(seconds, fits), "MiB": memory, "bytes": model_bytes(model)}
+    return line | (counts if row == "WTFlow" else {})
 
 
 def jobs(given: Namespace) -> Iterator[Job]:
     """Plan the runs."""
-    for part, counts in {"images": IMAGES, "size": SIZES, "products": PRODUCTS}.items():
-        if part in given.parts:
-            for count in FEW[part] if given.quick else counts:
-                for budget in BUDGETS.get(count, (BUDGET,)):
-                    yield {"part": part, "count": count, "budget": budget}, partial(call, measure, part, count, budget)
+    filled = FEW["images"][0] if given.quick else FILLED
+    for part, counts in {"images": IMAGES, "size": SIZES}.items():
+        for count in FEW[part] if given.quick else counts:
+            if part in given.parts:
+                gives = {"part": part, "model": "WTFlow", "count": count, "filled": filled}
+                yield gives, partial(call, grow, part, count, filled)
+    for row, counts in PRODUCTS.items():
+        for count in (1, 2) if given.quick else counts:
+            if "products" in given.parts:
+                yield {"part": "products", "model": row, "count": count}, partial(call, grow_products, row, count)
 
 
 COLUMNS = {
-    "trained on": "{trained_on}",
-    "cache": "{cache_MB:.0f} MB",
-    "cache may take": "{budget:g} GiB",
-    "before the first epoch": "{before:.1f} s",
-    "an epoch": "{epoch_seconds:.2f} s",
-    **{f"of it {name}": f"{{{name}:.2f}} s" for name in TIMED},
+    "kept": "{kept}",
+    "collection": "{collected:.1f} s",
+    "fit": "{fitted:.1f} s",
+    "all": "{fit_seconds:.1f} s",
     "peak memory": "{MiB} MiB",
-    "of it files": "{in_files} MiB",
+}
+PRODUCT_COLUMNS = {
+    "model": "{model}",
+    "products": "{count}",
+    "image AUROC": "{image_AUROC:.4f}",
+    "least": "{least:.4f}",
+    "size": "{MB:.2f} MB",
+    **{title: form for title, form in COLUMNS.items() if title != "kept"},
+    "good images recognised": "{recognised} of {good}",
+    "false alarms": "{false_alarms}",
 }
 
 
 def render(lines: list[Line]) -> str:
-    """A table for each part."""
+    """Render a table for each part."""
     text = [machine_of(lines), ""]
-    for part, title in {"images": "Images", "size": "Side of the images, pixels", "products": "Products"}.items():
-        own = [line for line in lines if line["part"] == part]
-        rows = [{**line, **line["spent"]} for line in sorted(own, key=lambda line: (line["count"], -line["budget"]))]
-        if rows:
-            text += [f"**{title}**", "", *table({title.lower(): "{count}", **COLUMNS}, rows)]
+    for part, title in {"images": "Images", "size": "Side of the images, pixels"}.items():
+        rows = sorted((line for line in lines if line["part"] == part), key=lambda line: line["count"])
+        text += [f"**{title}**", "", *table({title.lower(): "{count}", **COLUMNS}, rows)] if rows else []
+    rows = [{**line, "MB": line["bytes"] / 1e6} for line in lines if line["part"] == "products"]
+    text += ["**Drawn products**", "", *table(PRODUCT_COLUMNS, rows)] if rows else []
     return "\n".join(text)
+
+
+def verdicts(lines: list[Line]) -> list[Verdict]:
+    """Say whether memory is constant beyond the budget, where that was measured."""
+    memory = {line["count"]: line["MiB"] for line in lines if line["part"] == "images"}
+    if not {FILLED, IMAGES[-1]} <= memory.keys():
+        return []
+    return [CONSTANT.verdict(memory[IMAGES[-1]] / memory[FILLED])]

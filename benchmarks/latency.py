@@ -1,8 +1,7 @@
 """Latency of WTFlow from image to score and map, beside its backbone alone, FastFlow, Padim and Patchcore.
 
-    python -m benchmarks latency                             the tables, the promises and the profile
+    python -m benchmarks latency                             the tables and the promises
     python -m benchmarks latency --quick                     the promises, in under three minutes
-    python -m benchmarks latency --parts profile             where the time goes in OpenVINO f32, by kind of operation
 
 256 x 256 images in memory. The variants take turns in one process, so that what else runs on the machine hits all
 alike; a ratio is the median over the rounds of the ratios within a round. Memory comes from a process of its own for
@@ -14,7 +13,6 @@ default coreset, 10 %, gives it. ``backbone`` is WTFlow's own, folded and cut be
 """
 
 import gc
-import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,22 +20,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from anomalib_wtflow.deploy.quantization import count_convolutions, tail_names
 from benchmarks import runtimes
 from benchmarks.base import Line, call, peak_MiB
-from benchmarks.candidates import BUILDERS, EXPORTS, Variant, in_torch, interleaved, load, ratio, summary, to_onnx
+from benchmarks.candidates import BUILDERS, EXPORTS, Variant, interleaved, load, ratio, summary
 from benchmarks.common import CONSOLE, Job, Promise, Verdict, machine_of, table, track
-from benchmarks.runtimes import THROUGHPUT_IMAGES, draw_images
+from benchmarks.runtimes import draw_images
 
-LARGE = ("Patchcore 658", "Patchcore 3000", "WTFlow 3000")
-"""Not measured at batch 16, which would take minutes a call; the size of the training set is compared at batch 1."""
+LARGE = ("Patchcore 658", "Patchcore 3000")
+"""Not measured at batch 16, which would take minutes a call."""
 BATCHES = (1, 16)
-KEY = ("model", "runtime", "batch", "promise", "profile")
-OPTIONS = {"rounds": 30, "parts": ("tables", "promises", "profile")}
+KEY = ("model", "runtime", "batch", "promise")
+OPTIONS = {"rounds": 30, "parts": ("tables", "promises")}
 QUICK = {"parts": ["promises"]}
 OPENVINO = "OpenVINO f32"
 PROMISES: dict[Promise, tuple[Variant, Variant]] = {
-    Promise("WTFlow of 3000 images / of 100, torch", 0.97, 1.03): (Variant("WTFlow 3000"), Variant("WTFlow")),
     Promise("WTFlow / backbone, torch", most=1.15): (Variant("WTFlow"), Variant("backbone")),
     Promise("WTFlow / backbone, OpenVINO", most=1.15): (Variant("WTFlow", OPENVINO), Variant("backbone", OPENVINO)),
     Promise("Patchcore of 658 images / WTFlow, torch", least=10): (Variant("Patchcore 658"), Variant("WTFlow")),
@@ -60,8 +56,7 @@ def grid() -> list[Variant]:
     names = [(model, batch) for batch in BATCHES for model in BUILDERS if batch == 1 or model not in LARGE]
     variants = [Variant(model, "torch", batch) for model, batch in names]
     for runtime in ("torch.compile", *EXPORTS):
-        batches = (1,) if "throughput" in runtime else BATCHES
-        variants += [Variant(model, runtime, batch) for model in ("backbone", "WTFlow") for batch in batches]
+        variants += [Variant(model, runtime, batch) for model in ("backbone", "WTFlow") for batch in BATCHES]
         if runtime in ("onnxruntime", OPENVINO):
             variants += [Variant(model, runtime) for model in ("FastFlow", "Padim", "Patchcore 100", "Patchcore 658")]
     return variants
@@ -82,8 +77,6 @@ def alone(name: str, runtime: str, path: Path | None) -> dict[str, Any]:
     """
     files = [file for file in path.parent.iterdir() if file.suffix in (".bin", ".data", path.suffix)] if path else []
     line = {"file_MiB": round(sum(file.stat().st_size for file in files) / 2**20, 2) if path else None}
-    if "throughput" in runtime:
-        return line
     try:
         return line | (call(runtimes.first_result, str(path), runtime) if path else call(memory, name, runtime))
     except RuntimeError as error:
@@ -106,7 +99,7 @@ def measure_grid(variants: list[Variant], rounds: int) -> list[Line]:
         own = {key: alone(*key, path) for key, path in track(paths.items(), "Memory")}
     lines = []
     for variant, taken in seconds.items():
-        line = summary(variant, taken, THROUGHPUT_IMAGES if "throughput" in variant.runtime else variant.batch, 3)
+        line = summary(variant, taken, variant.batch, 3)
         line["to_backbone"] = round(ratio(seconds, variant, variant._replace(model="backbone")), 3)
         lines.append({**line, **(own[variant[:2]] if variant.batch == 1 else {})})
     return lines
@@ -116,47 +109,18 @@ def measure_promises(rounds: int) -> list[Line]:
     """Measure the promises, and nothing else in between; return a JSON line for each.
 
     The two sides of each promise take turns by themselves: which other models run in between, and in which order,
-    moved a ratio by up to 6 %. So did where in memory equal modules lie; WTFlow of 100 and of 3000 images is
-    therefore one module, which gets the one's and the other's state before its turn.
+    moved a ratio by up to 6 %.
     """
     sides = list(dict.fromkeys(side for pair in PROMISES.values() for side in pair))
-    module = BUILDERS["WTFlow"]()
-    states = {Variant(name): BUILDERS[name]().state_dict() for name in ("WTFlow", "WTFlow 3000")}
     calls, lines = {}, []
     with TemporaryDirectory() as folder:
         for k, side in enumerate(track(sides, "Building")):
-            model = in_torch(module) if side in states else load(side.model, side.runtime, Path(folder) / str(k))[0]
+            model, _ = load(side.model, side.runtime, Path(folder) / str(k))
             calls[side] = partial(model, draw_images(side.batch))
         for promise, pair in PROMISES.items():
-            own = {side: calls[side] for side in pair}
-            seconds = interleaved(own, rounds, lambda side: side in states and module.load_state_dict(states[side]))
-            value = round(ratio(seconds, *pair), 3)
-            lines.append({"promise": promise.text, "ratio": value, "rounds": rounds})
+            seconds = interleaved({side: calls[side] for side in pair}, rounds)
+            lines.append({"promise": promise.text, "ratio": round(ratio(seconds, *pair), 3), "rounds": rounds})
     return lines
-
-
-def measure_profile(rounds: int) -> Line:
-    """Measure the milliseconds of WTFlow's operations: all of the backbone's, and the tail's by kind."""
-    import openvino
-
-    with TemporaryDirectory() as folder:
-        model = BUILDERS["WTFlow"]()
-        graph = openvino.convert_model(to_onnx(model, Path(folder)))
-    tail = set(tail_names(graph, count_convolutions(model.model.feature_extractor)))
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
-    request = openvino.compile_model(graph, "CPU", options).create_infer_request()
-    image, times = draw_images(1), {}
-    for turn in range(rounds + 5):
-        request.infer({0: image})
-        for operation in request.profiling_info if turn >= 5 else ():
-            seconds = times.setdefault((operation.node_type, operation.node_name), [])
-            seconds.append(operation.real_time.total_seconds() * 1000)
-    totals: dict[str, float] = {}
-    for (kind, name), values in times.items():
-        # OpenVINO names what it has changed after the operation that was there, with a suffix.
-        part = f"tail: {kind}" if name in tail or name.split("/")[0] in tail else "backbone and what OpenVINO added"
-        totals[part] = totals.get(part, 0) + statistics.median(values)
-    return {"ms": totals}
 
 
 def jobs(given: Namespace) -> Iterator[Job]:
@@ -165,8 +129,6 @@ def jobs(given: Namespace) -> Iterator[Job]:
         yield [variant._asdict() for variant in grid()], partial(measure_grid, grid(), max(2, given.rounds // 3))
     if "promises" in given.parts:
         yield [{"promise": promise.text} for promise in PROMISES], partial(measure_promises, given.rounds)
-    if "profile" in given.parts:
-        yield {"profile": OPENVINO}, partial(measure_profile, given.rounds)
 
 
 def verdicts(lines: list[Line]) -> list[Verdict]:
@@ -176,13 +138,8 @@ def verdicts(lines: list[Line]) -> list[Verdict]:
 
 
 def render(lines: list[Line]) -> str:
-    """Render a Markdown table a batch size, one of the profile, and the promises."""
+    """Render a Markdown table a batch size, and the promises."""
     text = [machine_of(lines), ""]
     for batch in dict.fromkeys(line["batch"] for line in lines if "batch" in line):
         text += [f"**batch {batch}**", "", *table(COLUMNS, [line for line in lines if line.get("batch") == batch])]
-    for line in lines:
-        if "profile" in line:
-            parts = sorted(line["ms"].items(), key=lambda part: -part[1])
-            rows = [{"part": part, "ms": ms} for part, ms in parts if ms >= 0.005]
-            text += table({"operations": "{part}", "ms": "{ms:.3f}"}, rows)
     return "\n".join([*text, *(f"- {verdict}" for _, verdict in verdicts(lines))])

@@ -1,5 +1,6 @@
 """The models of the benchmarks: WTFlow, anomalib's models and two controls, on the same features of the same images."""
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -9,20 +10,25 @@ import timm
 import torch
 from anomalib.data import Batch
 from anomalib.engine import Engine
-from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score, create_anomalib_metric
 from anomalib.models import AnomalibModule, MHPatchcore, Padim, Patchcore
 from anomalib.models.image.fastflow.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.fastflow.torch_model import FastflowModel, create_fast_flow_block
 from anomalib.post_processing import PostProcessor
 from torch import Tensor, nn
+from torchmetrics.classification import BinarySpecificity
 
 from anomalib_wtflow import FastflowBaseline, WTFlow
 from anomalib_wtflow.anomaly_map import student
+from anomalib_wtflow.conformal import Scores
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, packaged_weights
+from anomalib_wtflow.features.store import Row
+from anomalib_wtflow.fit import fit_background, fit_statistics
 
 LAYERS = ("blocks.2", "blocks.4")
 """The layers of anomalib's own models, at strides 8 and 16, as their layer2 and layer3 of a ResNet."""
 IMAGE_SIZE = 256
+Specificity = create_anomalib_metric(BinarySpecificity)
 
 
 def evaluator(own_threshold: bool, masks: bool = True) -> Evaluator:
@@ -32,7 +38,7 @@ def evaluator(own_threshold: bool, masks: bool = True) -> Evaluator:
     if masks:
         metrics += [metric(fields=pixel, prefix="pixel_") for metric in (AUROC, AUPRO, F1Max)]
     if own_threshold:
-        metrics.append(F1Score(fields=["pred_label", "gt_label"], prefix="image_"))
+        metrics += [metric(fields=["pred_label", "gt_label"], prefix="image_") for metric in (F1Score, Specificity)]
     return Evaluator(test_metrics=metrics)
 
 
@@ -51,35 +57,6 @@ class Squash(PostProcessor):
             x = getattr(batch, name)
             u = x.sign() * x.abs().log1p()
             setattr(batch, name, 0.5 + 0.5 * u / (1 + u.abs()))
-
-
-class Memo:
-    """The backbone's output of images it has seen, in so many bytes: no image passes it twice in a process."""
-
-    def __init__(self, room: int = 6 * 2**30) -> None:
-        self.store: dict[tuple, list[Tensor]] = {}
-        self.room = room
-
-    def wrap(self, network: nn.Module) -> None:
-        """Put the memo before a timm feature network, which must be frozen and in evaluation mode.
-
-        Its parameters and layers take part in the key, so that two backbones never share a feature.
-        """
-        forward = network.forward
-        layers = tuple(network.feature_info.module_name()) if hasattr(network, "feature_info") else ()
-        identity = (float(sum(p.double().abs().sum() for p in network.parameters())), layers)
-
-        @torch.no_grad()
-        def maps_of(image: Tensor) -> list[Tensor]:
-            key = (identity, hash(image.numpy().tobytes()))
-            maps = self.store.get(key) or [m[0].clone() for m in forward(image[None])]
-            size = sum(m.numel() * m.element_size() for m in maps)
-            if key not in self.store and size <= self.room:
-                self.store[key] = maps
-                self.room -= size
-            return maps
-
-        network.forward = lambda images: [torch.stack(layer) for layer in zip(*map(maps_of, images), strict=True)]
 
 
 def packaged_network() -> nn.Module:
@@ -121,65 +98,62 @@ class NoFlow(WTFlow):
     """Control: WTFlow whose flow is the identity, so that the map comes from the normalised features themselves."""
 
     def __init__(self, normalization: str = "channel", **kwargs: Any) -> None:
-        super().__init__(max_epochs=1, overrides={"normalization": normalization}, **kwargs)
-        self.model.flow = self.no_flow
+        super().__init__(overrides={"normalization": normalization}, **kwargs)
+        self.model.flow = self.carry
         self.model.field.requires_grad_(requires_grad=False)
 
-    def no_flow(self, x0: Tensor, product: Tensor | None = None) -> Tensor:
+    def carry(self, x0: Tensor, index: Tensor) -> Tensor:
         """Leave the features where they are."""
-        del product
+        del index
         return x0
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Train nothing: the statistics of the features are gathered before the first step."""
-        del batch, args, kwargs
-        return torch.zeros((), requires_grad=True)
+    def _fit_model(self, rows: list[Row]) -> None:
+        x0 = [row.features for row in rows]
+        shown = fit_statistics(self.model, x0, torch.tensor([self.products.index(row.product) for row in rows]))
+        self.learn(x0, shown)
+
+    def learn(self, x0: list[Tensor], index: Tensor) -> None:
+        """Learn the background level from normalised features."""
+        fit_background(self.model, x0, index, self.image_size)
 
 
 class PositionNoFlow(NoFlow):
     """Control: as ``NoFlow``, less the mean of the normalised training features at each position."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.total: Tensor | float = 0.0
-        self.count = 0
+    mean: Tensor | float = 0.0
 
-    def no_flow(self, x0: Tensor, product: Tensor | None = None) -> Tensor:
+    def carry(self, x0: Tensor, index: Tensor) -> Tensor:
         """Take the mean off."""
-        del product
-        return x0 - self.total / max(self.count, 1)
+        return super().carry(x0, index) - self.mean
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Add a batch to the mean."""
-        self.total = self.total + batch.features.sum(dim=0, keepdim=True)
-        self.count += len(batch.features)
-        return super().training_step(batch, *args, **kwargs)
+    def learn(self, x0: list[Tensor], index: Tensor) -> None:
+        """Learn the mean too."""
+        self.mean = torch.stack(x0).mean(dim=0)
+        super().learn(x0, index)
 
 
 class NearestNeighbour(NoFlow):
     """Control: distance to the nearest of all normal training features (no coreset), on WTFlow's own features.
 
-    The distance takes the flow's place: ``1/2 mean_c y_c^2`` becomes half its square per channel.
+    The distance takes the flow's place: ``1/2 mean_c y_c^2`` becomes half its square per channel. The background level
+    is not fitted: the training features' distances to themselves are 0.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.bank: list[Tensor] = []
-        self.model.observe = lambda *_: None  # the contrast's limit would be that of the features without a bank
         self.model.log_density = self.log_density
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Keep the normalised features of a batch."""
-        self.bank.append(batch.features.movedim(1, -1).flatten(0, -2))
-        return super().training_step(batch, *args, **kwargs)
+    def learn(self, x0: list[Tensor], index: Tensor) -> None:
+        """Keep the features."""
+        del index
+        self.bank = torch.stack(x0).movedim(1, -1).flatten(0, -2)
 
     def log_density(self, x0: Tensor) -> Tensor:
         """Return the density of the distance, ``(N, 1, H, W)``."""
         x = x0.movedim(1, -1)
-        self.bank = [torch.cat(self.bank)]
-        squares = self.bank[0].square().sum(1)
+        squares = self.bank.square().sum(1)
         rows = x.flatten(0, -2)
-        nearest = [rows.square().sum(1) + (squares - 2 * rows @ self.bank[0].T).amin(1) for rows in rows.split(256)]
+        nearest = [part.square().sum(1) + (squares - 2 * part @ self.bank.T).amin(1) for part in rows.split(256)]
         return student(torch.cat(nearest).clamp(min=0).view(x.shape[:-1])[:, None] / (2 * x.shape[-1]))
 
 
@@ -192,7 +166,7 @@ def neighbours(kind: type, **kwargs: Any) -> AnomalibModule:
     return model
 
 
-class Row(NamedTuple):
+class Model(NamedTuple):
     """A model: what builds it, with which settings and batch size, and whether its result depends on a seed."""
 
     build: Callable[..., AnomalibModule]
@@ -208,20 +182,46 @@ class Row(NamedTuple):
 
 PAPER = {"recipe": "paper", "backbone": DEFAULT_BACKBONE, "layers": ["blocks.4"], "overrides": {"width": 48}}
 """The authors' recipe on the backbone of the others, and of a width that two cores train in minutes."""
-ROWS: dict[str, Row] = {
-    "WTFlow": Row(WTFlow),
-    "WTFlow, authors' recipe": Row(WTFlow, PAPER, batch_size=8),
+ROWS: dict[str, Model] = {
+    "WTFlow": Model(WTFlow),
+    "WTFlow, authors' recipe": Model(WTFlow, PAPER, batch_size=8),
     # anomalib's default of 10 % takes half an hour on 209 images and two cores: the greedy selection is quadratic.
-    "Patchcore": Row(partial(neighbours, Patchcore), {"coreset_sampling_ratio": 0.005}),
-    "MHPatchcore": Row(partial(neighbours, MHPatchcore)),
-    "Padim": Row(partial(neighbours, Padim), {"n_features": 100}),
-    "FastFlow": Row(LiteFastflow, {"max_epochs": 20}),
-    "No flow": Row(NoFlow, {"normalization": "whitening"}, seeded=False),
-    "No flow, position means": Row(PositionNoFlow, {"normalization": "whitening"}, seeded=False),
-    "Nearest neighbour": Row(NearestNeighbour, seeded=False),
+    "Patchcore": Model(partial(neighbours, Patchcore), {"coreset_sampling_ratio": 0.005}),
+    "MHPatchcore": Model(partial(neighbours, MHPatchcore)),
+    "Padim": Model(partial(neighbours, Padim), {"n_features": 100}),
+    "FastFlow": Model(LiteFastflow, {"max_epochs": 20}),
+    "No flow": Model(NoFlow, {"normalization": "whitening"}, seeded=False),
+    "No flow, position means": Model(PositionNoFlow, {"normalization": "whitening"}, seeded=False),
+    "Nearest neighbour": Model(NearestNeighbour, seeded=False),
 }
 # 1 % of 673 792 patches takes half an hour.
 EXCEPTIONS = {("Patchcore", "magnetic_tile"): {"coreset_sampling_ratio": 0.0025}}
+
+
+def timed_fit(model: WTFlow, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Have a model note the seconds of its fit, which comes after the collection of features."""
+    fit, seconds = model.fit, []
+
+    def timed() -> None:
+        begin = clock()
+        fit()
+        seconds.append(clock() - begin)
+
+    model.fit = timed  # type: ignore[method-assign]
+    return seconds
+
+
+def with_statistics(model: WTFlow, features: Tensor, index: Tensor) -> WTFlow:
+    """Give a model statistics of features and thresholds of 1 in place of a training, which changes no time."""
+    count = int(index.max()) + 1
+    model.products = [f"product {k:02d}" for k in range(count)]
+    model.model.set_products(count)
+    rows = list(features)
+    shown = fit_statistics(model.model, rows, index)
+    fit_background(model.model, rows, shown, (IMAGE_SIZE, IMAGE_SIZE))
+    ones = torch.ones(count)
+    model.post_processor.calibrate(Scores(ones, ones, torch.arange(count)), count)
+    return model.eval()
 
 
 def feature_network(model: AnomalibModule) -> nn.Module:
@@ -230,12 +230,19 @@ def feature_network(model: AnomalibModule) -> nn.Module:
     return getattr(extractor, "network", getattr(extractor, "feature_extractor", extractor))
 
 
+def model_bytes(model: Any) -> int:
+    """Size of what a model has learnt: its state without the backbone's weights."""
+    backbone = {id(value) for value in feature_network(model).state_dict(keep_vars=True).values()}
+    state = model.model.state_dict(keep_vars=True).values()
+    return sum(value.numel() * value.element_size() for value in state if id(value) not in backbone)
+
+
 def settings_of(row: str, data: str) -> dict[str, Any]:
     """Return a row's settings on a data set."""
     return {**ROWS[row].settings, **EXCEPTIONS.get((row, data), {})}
 
 
-def build(row: str, data: str, memo: Memo | None = None, masks: bool = True, **more: Any) -> AnomalibModule:
+def build(row: str, data: str, masks: bool = True, **more: Any) -> AnomalibModule:
     """Build a row's model, with more settings if given."""
     ours = ROWS[row].ours
     extra: dict[str, Any] = {"evaluator": evaluator(ours, masks), "visualizer": False}
@@ -244,10 +251,7 @@ def build(row: str, data: str, memo: Memo | None = None, masks: bool = True, **m
         extra["post_processor"] = Squash(enable_normalization=False, enable_thresholding=False)
     elif row != "WTFlow":
         extra["image_size"] = IMAGE_SIZE
-    model = ROWS[row].build(**settings_of(row, data), **extra, **more)
-    if memo is not None:
-        memo.wrap(feature_network(model))
-    return model
+    return ROWS[row].build(**settings_of(row, data), **extra, **more)
 
 
 def quiet_engine(folder: str, **kwargs: Any) -> Engine:

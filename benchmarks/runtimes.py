@@ -12,8 +12,6 @@ import numpy as np
 from benchmarks.base import peak_MiB
 
 SIDE = 256
-THROUGHPUT_IMAGES = 32
-"""Images of one timed call, where throughput is asked for; OpenVINO chooses how many run at a time."""
 Call = Callable[[np.ndarray], Any]
 
 
@@ -32,24 +30,14 @@ def in_onnxruntime(path: Path) -> Call:
     return lambda batch: session.run(None, {session.get_inputs()[0].name: batch})
 
 
-def in_openvino(precision: str = "f32", hint: str = "LATENCY") -> Callable[[Path], Call]:
-    """Open an OpenVINO file with a precision for what is not quantised, and a performance hint."""
+def in_openvino(precision: str = "f32") -> Callable[[Path], Call]:
+    """Open an OpenVINO file with a precision for what is not quantised."""
 
     def start(path: Path) -> Call:
         import openvino
 
-        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
-        ready = openvino.compile_model(path, "CPU", options)
-        if hint == "LATENCY":
-            return ready
-        queue = openvino.AsyncInferQueue(ready)
-
-        def many(batch: np.ndarray) -> None:
-            for _ in range(THROUGHPUT_IMAGES):
-                queue.start_async(batch)
-            queue.wait_all()
-
-        return many
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        return openvino.compile_model(path, "CPU", options)
 
     return start
 
@@ -60,7 +48,6 @@ OPENERS: dict[str, Callable[[Path], Call]] = {
     "OpenVINO FP16": in_openvino(),
     "OpenVINO bf16": in_openvino("bf16"),
     "OpenVINO INT8": in_openvino(),
-    "OpenVINO f32, throughput": in_openvino(hint="THROUGHPUT"),
 }
 """Runtimes of exported models. FP16 is the weights in the file: the CPU computes in f32."""
 
