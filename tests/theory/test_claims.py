@@ -8,12 +8,12 @@ from scipy.stats import norm
 
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.theory.centripetal import centripetal_components, largest_of_normals
-from anomalib_wtflow.theory.diagnostics import centripetal_component
-from anomalib_wtflow.theory.oracle import EmpiricalField
-from anomalib_wtflow.theory.singularity import lipschitz_growth
-from anomalib_wtflow.theory.trivial_field import trivial_field
-from anomalib_wtflow.theory.well import well_and_escape
+from benchmarks.theory.centripetal import centripetal_components, largest_of_normals
+from anomalib_wtflow.diagnosis.measures import centripetal_component
+from benchmarks.theory.oracle import EmpiricalField
+from benchmarks.theory.singularity import lipschitz_growth
+from benchmarks.theory.trivial_field import trivial_field
+from benchmarks.theory.well import well_and_escape
 
 pytestmark = pytest.mark.method
 LINEAR = ProbabilityPath("linear")

@@ -6,8 +6,8 @@ import torch
 from anomalib_wtflow.flow.field import PointwiseField, UNetField
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.solver import AdaptiveSolver
-from anomalib_wtflow.theory.diagnostics import centripetal_component, local_lipschitz, radius, trajectory
-from anomalib_wtflow.theory.oracle import GaussianField
+from anomalib_wtflow.diagnosis.measures import centripetal_component, local_lipschitz, radius, trajectory
+from benchmarks.theory.oracle import GaussianField
 
 pytestmark = pytest.mark.method
 

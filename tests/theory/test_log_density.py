@@ -9,8 +9,8 @@ from torch import Tensor
 from anomalib_wtflow.flow.field import PointwiseField
 from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
 from anomalib_wtflow.flow.solver import AdaptiveSolver, Solver
-from anomalib_wtflow.theory.log_density import divergence, log_density
-from anomalib_wtflow.theory.oracle import EmpiricalField, GaussianField
+from benchmarks.theory.log_density import divergence, log_density
+from benchmarks.theory.oracle import EmpiricalField, GaussianField
 
 pytestmark = pytest.mark.method
 FINE = AdaptiveSolver("dopri5", 1e-8, 1e-8)

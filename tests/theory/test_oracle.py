@@ -12,8 +12,8 @@ from anomalib_wtflow.flow.field import PointwiseField
 from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
 from anomalib_wtflow.flow.regression import fit_field
 from anomalib_wtflow.flow.solver import AdaptiveSolver
-from anomalib_wtflow.theory import oracle
-from anomalib_wtflow.theory.oracle import EmpiricalField, GaussianField
+from benchmarks.theory import oracle
+from benchmarks.theory.oracle import EmpiricalField, GaussianField
 
 pytestmark = pytest.mark.method
 LINEAR = ProbabilityPath("linear")

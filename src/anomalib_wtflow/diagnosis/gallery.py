@@ -1,5 +1,6 @@
 """The test images for the page: what is said of each, and its picture beside its map."""
 
+import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,60 +10,55 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
-from anomalib_wtflow.diagnosis.score_numbers import thresholds_of
-from anomalib_wtflow.diagnosis.scoring import ScoredImage, informative_first
+from anomalib_wtflow.diagnosis.scores import rows_of
+from anomalib_wtflow.diagnosis.scoring import ScoredImage
 from anomalib_wtflow.lightning_model import WTFlow
 
 SIDE = 480
 """Longest side of a picture, in pixels."""
-BYTES = 9_000_000
-"""How much the pictures of a page may take, before base64 makes a third more of it."""
+CHARACTERS = 12_000_000
+"""How much of a page the pictures may take."""
 QUALITY = 85
 CALLED, MARKED = (255, 255, 255), (0, 230, 118)
 """Colours of the outlines: what the model marks, and what the mask of the data says."""
 
 
 class Entry(NamedTuple):
-    """An image of the gallery: what the JSON says of it, and JPEGs of the image and of its map."""
+    """An image of the gallery: what the JSON says of it, and the image and its map as addresses of an ``img``."""
 
     row: dict[str, Any]
-    picture: bytes
-    heat: bytes
+    picture: str
+    heat: str
 
 
-def ranked_images(model: WTFlow, images: Sequence[ScoredImage]) -> list[ScoredImage]:
-    """Sort the images, the most informative first."""
-    places = range(len(model.product_names))
-    return informative_first(images, [thresholds_of(model, place)[0] for place in places])
-
-
-def rows(model: WTFlow, images: Sequence[ScoredImage]) -> list[dict[str, Any]]:
+def gallery_rows(model: WTFlow, images: Sequence[ScoredImage]) -> list[dict[str, Any]]:
     """Say what the model made of each image, for the JSON."""
+    thresholds = rows_of(model, "image_threshold")
     return [
         {
             "file": "/".join(image.path.replace("\\", "/").split("/")[-2:]),
             "kind": image.shown_kind,
-            "product": model.product_names[int(image.product)],
+            "product": model.products[image.product],
             "recognised": image.recognised,
             "verdict": image.verdict,
             "score": image.score,
-            "threshold": thresholds_of(model, int(image.product))[0],
+            "threshold": thresholds[image.product],
         }
         for image in images
     ]
 
 
-def entries(model: WTFlow, told: Iterable[tuple[ScoredImage, dict[str, Any]]]) -> Iterator[Entry]:
+def entries(model: WTFlow, rows: Iterable[tuple[ScoredImage, dict[str, Any]]]) -> Iterator[Entry]:
     """Draw images in order, until they take what a page can bear.
 
     Maps are on a scale that ends at twice the pixel threshold of the product; without one, at the map's own maximum.
 
     Args:
         model: The trained model.
-        told: Images and their :func:`rows`.
+        rows: Images and their :func:`gallery_rows`.
     """
-    used = 0
-    for image, row in told:
+    used, thresholds = 0, rows_of(model, "pixel_threshold")
+    for image, row in rows:
         with Image.open(image.path) as opened:
             opened.draft("RGB", (SIDE, SIDE))
             picture = opened.convert("RGB")
@@ -70,9 +66,9 @@ def entries(model: WTFlow, told: Iterable[tuple[ScoredImage, dict[str, Any]]]) -
         if max(picture.size) < SIDE // 2:
             scale = SIDE // 2 / max(picture.size)
             picture = picture.resize([max(1, round(scale * side)) for side in picture.size])
-        entry = Entry(row, jpeg(picture), jpeg(heat_map(image, picture, thresholds_of(model, int(image.product))[1])))
+        entry = Entry(row, _address(picture), _address(heat_map(image, picture, thresholds[image.product])))
         used += len(entry.picture) + len(entry.heat)
-        if used > BYTES:
+        if used > CHARACTERS:
             return
         yield entry
 
@@ -86,7 +82,7 @@ def heat_map(image: ScoredImage, picture: Image.Image, threshold: float | None) 
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
     drawn = (0.8 * heat + 0.2 * grey).astype(np.uint8)
     for mask, color in ((image.mask, MARKED), (image.called_mask, CALLED)):
-        if mask is not None and mask.any():
+        if mask is not None:
             drawn[_outline(mask.numpy(), picture.size)] = color
     return Image.fromarray(drawn)
 
@@ -97,8 +93,7 @@ def _outline(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return inside & ~binary_erosion(inside, iterations=3)
 
 
-def jpeg(picture: Image.Image) -> bytes:
-    """Return a picture's JPEG."""
+def _address(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

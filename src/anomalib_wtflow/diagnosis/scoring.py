@@ -1,16 +1,16 @@
 """The test images, and what the model makes of them."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anomalib_wtflow.diagnosis.progress import Progress
+from anomalib_wtflow.images import raise_for_broken, raise_for_deep
 from anomalib_wtflow.lightning_model import WTFlow
-from anomalib_wtflow.training.image_check import raise_for_unreadable
 
 TINY = 1e-9
 WRONG = ("missed", "false alarm")
@@ -21,13 +21,10 @@ VERDICTS = (*WRONG, "found", "passed", "called anomalous", "called good", "no th
 class ScoredImage(NamedTuple):
     """A test image and what the model made of it; maps and masks are ``(H, W)``.
 
-    ``features`` and ``x0``, the normalised ones, are ``(C, h, w)``.
-
-    ``product`` is the place of the product whose normalisation and thresholds hold, ``(1,)``, and ``recognised`` its
-    name, or ``unknown product``.
-
-    ``anomalous`` and ``mask`` are the truth, None where it is not known; ``score`` and ``anomaly_map`` are raw;
-    ``called`` and ``called_mask`` are the verdict, None if the model has no threshold.
+    ``anomalous`` and ``mask`` are the truth, None where it is not known; ``score`` and ``anomaly_map`` are raw.
+    ``called`` and ``called_mask`` are the verdict, None if the model has no threshold. ``features`` and ``x0``, the
+    normalised ones, are ``(C, h, w)``. ``product`` is the index of the product whose normalisation and thresholds hold,
+    and ``recognised`` its name, or ``unknown product``.
     """
 
     path: str
@@ -39,7 +36,7 @@ class ScoredImage(NamedTuple):
     called_mask: Tensor | None
     features: Tensor
     x0: Tensor
-    product: Tensor
+    product: int
     recognised: str
 
     @property
@@ -59,68 +56,51 @@ class ScoredImage(NamedTuple):
             return "no threshold"
         if self.anomalous is None:
             return "called anomalous" if self.called else "called good"
-        return {(False, True): "false alarm", (True, False): "missed", (True, True): "found"}.get(
-            (self.anomalous, self.called), "passed"
-        )
+        if self.anomalous:
+            return "found" if self.called else "missed"
+        return "false alarm" if self.called else "passed"
 
 
-def items(data: Any, indices: Iterable[int]) -> Iterator[Any]:
-    """Yield items of a data set; an image that cannot be read is named.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    try:
-        for index in indices:
-            yield data[index]
-    except (OSError, SyntaxError, ValueError) as error:
-        raise_for_unreadable([data], decode=True, cause=error)
-        raise
-
-
-def transform(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
-    """Return an item's image and mask as the model sees them."""
-    transform = getattr(model.pre_processor, "transform", None)
-    mask = getattr(item, "gt_mask", None)
-    if transform is None:
-        return item.image, mask
-    return (transform(item.image), None) if mask is None else transform(item.image, mask)
+def transformed(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the image and the mask of a data set's item as the model sees them."""
+    pre_processor: Any = model.pre_processor
+    transform = pre_processor.transform
+    return (transform(item.image), None) if item.gt_mask is None else transform(item.image, item.gt_mask)
 
 
 @torch.no_grad()
-def score_images(model: WTFlow, data: Any, show: Progress) -> Iterator[ScoredImage]:
-    """Score each image of an anomalib data set as the model does in production.
+def score_image(model: WTFlow, item: Any) -> ScoredImage:
+    """Score an item of an anomalib data set as the model does in production.
 
     Raises:
-        ValueError: If an image cannot be read, or what becomes of it is NaN or infinite.
+        WTFlowError: If the image has more than 8 bits a channel, or what becomes of it is NaN or infinite.
     """
-    for item in show(items(data, range(len(data))), "Scoring the test images", len(data)):
-        image, mask = transform(model, item)
-        images = image[None].to(model.device)
-        features = model.model.extract(images)
-        x0, product, strangeness = model.model.normalise(features)
-        raw: Any = model.model.score(x0, image.shape[-2:], product, strangeness)
-        model.raise_for_broken(raw, images, [str(item.image_path)])
-        verdict: Any = raw if model.post_processor is None else model.post_processor(raw)
-        label = None if item.gt_label is None else bool(item.gt_label)
-        truth = None if mask is None else mask.squeeze().bool().cpu()
-        if label and (truth is None or not truth.any()):
-            truth = None
-        elif label is False:
-            truth = torch.zeros(raw.anomaly_map.shape[-2:], dtype=torch.bool)
-        yield ScoredImage(
-            path=str(item.image_path),
-            anomalous=label,
-            mask=truth,
-            score=raw.pred_score.item(),
-            anomaly_map=raw.anomaly_map[0, 0].cpu(),
-            called=None if verdict.pred_label is None else bool(verdict.pred_label),
-            called_mask=None if verdict.pred_mask is None else verdict.pred_mask[0, 0].bool().cpu(),
-            features=features[0].cpu(),
-            x0=x0[0].cpu(),
-            product=product.cpu(),
-            recognised=model.recognised(raw)[0],
-        )
+    paths = [str(item.image_path)]
+    raise_for_deep(paths)
+    image, mask = transformed(model, item)
+    features = model.model.extract(image[None].to(model.device))
+    x0, recognition = model.model.normalise(features)
+    raw = model.model.score(x0, recognition, image.shape[-2:])
+    raise_for_broken("score", paths, image[None], raw.pred_score, raw.anomaly_map)
+    verdict = None if model.post_processor is None else model.post_processor(raw)
+    called, marked = (getattr(verdict, name, None) for name in ("pred_label", "pred_mask"))
+    label = None if item.gt_label is None else bool(item.gt_label)
+    truth = None if mask is None or not mask.any() else mask.squeeze().bool().cpu()
+    if label is False:
+        truth = torch.zeros(raw.anomaly_map.shape[-2:], dtype=torch.bool)
+    return ScoredImage(
+        path=paths[0],
+        anomalous=label,
+        mask=truth,
+        score=raw.pred_score.item(),
+        anomaly_map=raw.anomaly_map[0, 0].cpu(),
+        called=None if called is None else bool(called),
+        called_mask=None if marked is None else marked[0, 0].bool().cpu(),
+        features=features[0].cpu(),
+        x0=x0[0].cpu(),
+        product=int(recognition.index),
+        recognised=recognition.names(model.products)[0],
+    )
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -139,19 +119,18 @@ def informative_first(images: Sequence[ScoredImage], thresholds: Sequence[float 
         thresholds: Of each product.
     """
 
-    def distance(image: ScoredImage) -> float:
-        threshold = thresholds[int(image.product)]
+    def doubt(image: ScoredImage) -> float:
+        """A wrong verdict is the worse, and a right one the safer, the farther the score is from the threshold."""
+        threshold = thresholds[image.product]
         if threshold is None or image.anomalous is None:
             return -image.score
-        return abs(math.log(max(image.score, TINY) / max(threshold, TINY)))
+        distance = abs(math.log(max(image.score, TINY) / max(threshold, TINY)))
+        return -distance if image.verdict in WRONG else distance
 
-    groups: dict[tuple[bool, int, str], list[ScoredImage]] = {}
-    for image in images:
-        right = image.verdict not in WRONG
-        groups.setdefault((right, int(image.product), image.shown_kind), []).append(image)
-    ranked = []
-    for (right, product, kind), members in groups.items():
-        # A wrong verdict is the worse, and a right one the safer, the farther the score is from the threshold.
-        members.sort(key=distance, reverse=not right)
-        ranked += [((right, rank, kind == "good", kind, product), image) for rank, image in enumerate(members)]
-    return [image for _, image in sorted(ranked, key=lambda each: each[0])]
+    ranks: Counter = Counter()
+    keys = {}
+    for image in sorted(images, key=doubt):
+        group = (image.verdict not in WRONG, image.shown_kind == "good", image.shown_kind, image.product)
+        keys[image.path] = (group[0], ranks[group], *group[1:])
+        ranks[group] += 1
+    return sorted(images, key=lambda image: keys[image.path])

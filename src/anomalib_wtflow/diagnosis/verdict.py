@@ -1,10 +1,10 @@
 """The answer of the first screen, in words: rules on the numbers in a diagnosis's JSON, and on nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from anomalib_wtflow.diagnosis.style import SHOWN
-from anomalib_wtflow.post_processor import images_needed
+from anomalib_wtflow.conformal import images_needed
+from anomalib_wtflow.diagnosis.figures import SHOWN
 
 Numbers = dict[str, Any]
 LEVELS = ("Yes", "With care", "Not known", "No")
@@ -15,56 +15,49 @@ class Verdict(NamedTuple):
     """The answer in a few words, a sentence or two on each question, and what to do next."""
 
     answer: str
-    findings: list[tuple[str, str]]
+    findings: dict[str, str]
     advice: list[str]
+
+    @property
+    def level(self) -> str:
+        """How the answer begins, as a class of the page's style."""
+        return LEVELS[_severity(self.answer)].lower().replace(" ", "-")
 
 
 def verdict(scores: Numbers) -> Verdict:
     """Judge the numbers of the scores, of one product or of all."""
-    questions: dict[str, Callable[[Numbers], str]] = {
-        "Does it tell defective parts from good ones?": _separation,
-        "Does it reject good parts?": _false_alarms,
-        "Does it miss defects?": _misses,
-        "Is the flow worth its cost?": _flow,
+    findings = {
+        "Does it tell defective parts from good ones?": _separation(scores),
+        "Does it reject good parts?": _false_alarms(scores),
+        "Does it miss defects?": _misses(scores),
+        "Is the flow worth its cost?": _flow(scores),
     }
-    return Verdict(answer(scores), [(question, find(scores)) for question, find in questions.items()], advice(scores))
+    return Verdict(answer(scores), findings, advice(scores))
 
 
 def answer(scores: Numbers) -> str:
-    """Answer whether the model can be trusted on parts like these.
-
-    No, if more good parts are rejected than chance explains, if most defects are missed, or if the AUROC is not above
-    1/2. Not known, if good or defective test images or a threshold are missing, or if the AUROC's interval reaches 1/2.
-    With care, if a defect is missed, or the promised false-alarm rate is unknown or higher than what was asked for.
-    Else yes.
-    """
-    images, misses = scores["images"], scores["misses"]
-    if too_many_false_alarms(scores):
-        return "No: it rejects more good parts than it promises."
-    if scores["image_auroc"] is not None and scores["image_auroc"] <= 0.5:
-        return "No: it is no better than chance."
-    if misses and 2 * misses > images["anomalous"]:
-        return "No: it misses most of the defective parts."
-    if not images.get("normal"):
-        return "Not known: there are no test images of parts known to be good."
-    if not images.get("anomalous"):
-        return "Not known: there are no test images of defective parts."
-    if scores["image_auroc_interval"][0] <= 0.5:
-        return "Not known: these test images do not tell it from chance."
-    if scores["threshold"] is None:
-        return "Not known: the model has no threshold."
-    if misses:
-        return "With care: it misses some of the defective parts."
-    if scores["promised_rate"] is None:
-        return "With care: its threshold promises no false-alarm rate."
-    if too_few_calibration_images(scores):
-        return "With care: its threshold comes from too few images."
-    return "Yes, on parts like these."
+    """Answer whether the model can be trusted on parts like these: the first rule that holds."""
+    images, misses, auroc = scores["images"], scores["misses"] or 0, scores["image_auroc"]
+    low = (scores["image_auroc_interval"] or [1])[0]
+    rules = {
+        "No: it rejects more good parts than it promises.": _too_many_false_alarms(scores),
+        "No: it is no better than chance.": auroc is not None and auroc <= 0.5,
+        "No: it misses most of the defective parts.": 2 * misses > images.get("anomalous", 0),
+        "Not known: there are no test images of parts known to be good.": not images.get("normal"),
+        "Not known: there are no test images of defective parts.": not images.get("anomalous"),
+        "Not known: these test images do not tell it from chance.": low <= 0.5,
+        "Not known: the model has no threshold.": scores["threshold"] is None,
+        "With care: it misses some of the defective parts.": misses > 0,
+        "With care: its threshold promises no false-alarm rate.": scores["promised_rate"] is None,
+        "With care: its threshold comes from too few images.": _too_few_calibration_images(scores),
+        "Yes, on parts like these.": True,
+    }
+    return next(text for text, holds in rules.items() if holds)
 
 
-def overall(scores: Numbers, products: dict[str, Numbers]) -> str:
+def overall(scores: Numbers, products: Mapping[str, Numbers]) -> str:
     """Answer for all products: that of the worst of them, by name, where it is worse than that of all together."""
-    texts = {name: answer(own) for name, own in products.items()}
+    texts = {name: answer(row) for name, row in products.items()}
     whole = answer(scores)
     worst = max(texts.values(), key=_severity, default=whole)
     if _severity(worst) <= _severity(whole):
@@ -77,16 +70,16 @@ def _severity(text: str) -> int:
     return [text.startswith(level) for level in LEVELS].index(True)
 
 
-def too_many_false_alarms(scores: Numbers) -> bool:
+def _too_many_false_alarms(scores: Numbers) -> bool:
     """Whether more good images are rejected than the draw of the images explains."""
     band = scores["false_alarm_band"]
     return band is not None and scores["false_alarms"] is not None and scores["false_alarms"] > band[1]
 
 
-def too_few_calibration_images(scores: Numbers) -> bool:
+def _too_few_calibration_images(scores: Numbers) -> bool:
     """Whether the threshold promises a higher rate than what was asked for."""
     asked, promised = scores["asked_rate"], scores["promised_rate"]
-    return asked is not None and promised is not None and promised > asked * (1 + 1e-6)  # a float32 of the checkpoint
+    return asked is not None and promised is not None and promised > asked * (1 + 1e-5)  # float32, six digits
 
 
 def _separation(scores: Numbers) -> str:
@@ -110,25 +103,21 @@ def _false_alarms(scores: Numbers) -> str:
     text += f" Its threshold promises at most {percent(scores['promised_rate'])}"
     if band is None:
         return f"{text}; the checkpoint does not say from how many images."
-    place = "too many for chance: these good parts differ from those the threshold comes from"
+    judged = "too many for chance: these good parts differ from those the threshold comes from"
     if found <= band[1]:
-        place = "as promised" if found >= band[0] else "fewer than promised"
-    return f"{text}, which makes {band[0]} to {band[1]} of {good} likely (95 %), so this is {place}."
+        judged = "as promised" if found >= band[0] else "fewer than promised"
+    return f"{text}, which makes {band[0]} to {band[1]} of {good} likely (95 %), so this is {judged}."
 
 
 def _misses(scores: Numbers) -> str:
-    bad, misses, to_find_all = (
-        scores["images"].get("anomalous", 0),
-        scores["misses"],
-        scores["false_alarms_to_find_all"],
-    )
+    bad, misses = scores["images"].get("anomalous", 0), scores["misses"]
     if not bad or misses is None:
         return "Not known: that needs a threshold and test images of defective parts."
     low, high = scores["miss_interval"]
     text = f"It misses {misses} of {bad} defective images (95 % interval {percent(low)} to {percent(high)})."
-    if misses and to_find_all is not None:
-        good = scores["images"]["normal"]
-        text += f" A threshold that finds all of them would reject {to_find_all} of {good} good images."
+    good, rejected = scores["images"].get("normal", 0), scores["false_alarms_to_find_all"]
+    if misses and good:
+        text += f" A threshold that finds all of them would reject {rejected} of {good} good images."
     return text
 
 
@@ -137,12 +126,12 @@ def _flow(scores: Numbers) -> str:
     if name is None:
         return "Not known: that needs good and defective test images."
     gain, (low, high) = scores["flow_gain"], scores["flow_gain_interval"]
-    verdict = "Yes" if low > 0 else "No, it does harm" if high < 0 else "Not shown on these images"
+    judged = "Yes" if low > 0 else "No, it does harm" if high < 0 else "Not shown on these images"
     ours, theirs = scores["pixel_auroc"], scores["strongest_pixel_auroc"]
     pixels = "" if ours is None or theirs is None else f" By pixels it is {ours:.4f} against {theirs:.4f}."
     only = "" if len(scores["compared_with"]) > 1 else " (whitened ones need the training images)"
     return (
-        f"{verdict}: image AUROC {scores['image_auroc']:.4f} against {scores['strongest_image_auroc']:.4f} of the "
+        f"{judged}: image AUROC {scores['image_auroc']:.4f} against {scores['strongest_image_auroc']:.4f} of the "
         f"strongest control without a flow, {name}{only}; the difference is {gain:+.4f} (95 % interval {low:+.4f} to "
         f"{high:+.4f}).{pixels}"
     )
@@ -151,9 +140,9 @@ def _flow(scores: Numbers) -> str:
 def advice(scores: Numbers) -> list[str]:
     """Say what to do next, most pressing first."""
     images, found = scores["images"], []
-    if too_many_false_alarms(scores):
+    if _too_many_false_alarms(scores):
         found.append("Train again with good images of today's parts, light and camera: the threshold is for others.")
-    if too_few_calibration_images(scores) and scores["calibration_images"]:
+    if _too_few_calibration_images(scores) and scores["calibration_images"]:
         asked, given = scores["asked_rate"], scores["calibration_images"]
         needed = images_needed(asked)
         found.append(
@@ -168,11 +157,11 @@ def advice(scores: Numbers) -> list[str]:
             "Look at the missed parts below: where the map lights up, a higher false_alarm_rate finds them; where it "
             "does not, a larger image_size may."
         )
-    if scores.get("unknown"):
+    if scores["unknown"]:
         found.append(f"Look at the {scores['unknown']} images that are like no product of the model.")
-    interval = scores["image_auroc_interval"]
-    if interval and interval[1] - interval[0] > 0.1:
-        found.append(f"Test on more images: the AUROC is only known to lie in {interval[0]:.3f} to {interval[1]:.3f}.")
+    low, high = scores["image_auroc_interval"] or (0, 0)
+    if high - low > 0.1:
+        found.append(f"Test on more images: the AUROC is only known to lie in {low:.3f} to {high:.3f}.")
     return found or ["Test it on parts of another day, before you rely on it: these images are of one occasion."]
 
 

@@ -1,25 +1,23 @@
-"""Figures of the small experiments on drawn data, from the numbers in a diagnosis's JSON. Headless."""
+"""Figures of the small experiments on drawn data. Headless."""
 
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from anomalib_wtflow.diagnosis.style import (
-    BLUE,
-    COUPLING_STYLES,
-    GREEN,
-    GREY,
-    KINDS,
-    ORANGE,
-    PURPLE,
-    SKY,
-    name_of,
-    new_figure,
-)
+from anomalib_wtflow.diagnosis.figures import BLUE, GREY, KINDS, ORANGE, name_of, new_figure
+
+GREEN, PURPLE, SKY = "#009E73", "#CC79A7", "#56B4E9"
+COUPLING_STYLES: dict[str, tuple[str, Any, str]] = {
+    "independent": (GREY, ":", "o"),
+    "optimal": (GREEN, "-.", "s"),
+    "worst": (PURPLE, "--", "v"),
+    "worst_of_two": (BLUE, "-", "^"),
+    "antipodal": (ORANGE, (0, (5, 1)), "D"),
+}
 
 
-def toy_trajectories(numbers: dict[str, Any]) -> Figure:
+def plot_trajectories(numbers: dict[str, Any]) -> Figure:
     """Coupled pairs above, flow of normal and anomalous points below, a column a coupling."""
     figure, axes = new_figure(2, len(numbers), 3.4 * len(numbers), 6.2, sharex=True, sharey=True)
     for (upper, lower), (coupling, row) in zip(axes.T, numbers.items(), strict=True):
@@ -49,7 +47,7 @@ def toy_trajectories(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
-def toy_well_and_escape(numbers: dict[str, Any]) -> Figure:
+def plot_well_and_escape(numbers: dict[str, Any]) -> Figure:
     """Radius after one step (upper row) and AUROC (lower row), a column a data set; a dot a seed."""
     figure, axes = new_figure(2, len(numbers), 4.4 * len(numbers), 5.6, sharex=True, squeeze=False)
     for (upper, lower), (data, row) in zip(axes.T, numbers.items(), strict=True):
@@ -60,9 +58,9 @@ def toy_well_and_escape(numbers: dict[str, Any]) -> Figure:
                 values = row[coupling][f"{kind}_radius"]
                 label = kind if index == 0 else None
                 upper.plot([index + offset] * len(values), values, marker, color=color, mfc="none", label=label)
-            for key, marker, color, offset in (("auroc", "s", GREEN, -0.12), ("auroc_start_0.3", "D", PURPLE, 0.12)):
+            for key, marker, color, offset in (("auroc", "s", GREEN, -0.12), ("late_auroc", "D", PURPLE, 0.12)):
                 values = row[coupling][key]
-                label = {"auroc": "from $t_s$ = 0", "auroc_start_0.3": "from $t_s$ = 0.3"}[key] if index == 0 else None
+                label = {"auroc": "from $t_s$ = 0", "late_auroc": "from $t_s$ = 0.3"}[key] if index == 0 else None
                 lower.plot([index + offset] * len(values), values, marker, color=color, mfc="none", label=label)
         upper.axhline(1, color=GREY, linewidth=0.8, linestyle=(0, (1, 3)))
         lower.axhline(np.mean(row["control"]), color="black", linewidth=1, linestyle="--", label="no flow")
@@ -80,7 +78,7 @@ def toy_well_and_escape(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
-def toy_centripetal(numbers: dict[str, Any]) -> Figure:
+def plot_centripetal(numbers: dict[str, Any]) -> Figure:
     """Centripetal component at t = 0 against the dimension, measured (markers) and predicted (lines)."""
     figure, axes = new_figure(1, 1, 6.0, 3.8)
     for coupling, (color, style, marker) in COUPLING_STYLES.items():
@@ -97,7 +95,7 @@ def toy_centripetal(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
-def toy_lipschitz(numbers: dict[str, Any]) -> Figure:
+def plot_lipschitz(numbers: dict[str, Any]) -> Figure:
     """Lipschitz constant of exact fields against time."""
     figure, axes = new_figure(1, 1, 6.4, 3.8)
     styles = zip(
@@ -111,7 +109,7 @@ def toy_lipschitz(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
-def toy_trivial_field(numbers: dict[str, Any]) -> Figure:
+def plot_trivial_field(numbers: dict[str, Any]) -> Figure:
     """How much two data sets' exact fields differ, against the dimension."""
     figure, axes = new_figure(1, 1, 6.0, 3.8)
     for case, color, style, marker, label in (

@@ -1,6 +1,6 @@
 """Claim: linear paths are singular at the initial time.
 
-Each experiment returns plain numbers, which the tests check and ``anomalib-wtflow diagnose --toy`` draws. The
+Each experiment returns plain numbers, which the tests check and ``python -m benchmarks claims`` draws. The
 experiments are ours; the claims are arXiv 2508.05461's.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from anomalib_wtflow.flow.coupling import get_coupling
-from anomalib_wtflow.theory.oracle import EmpiricalField, GaussianField
-from anomalib_wtflow.theory.points import LINEAR, as_points, power_law
+from benchmarks.theory.oracle import EmpiricalField, GaussianField
+from benchmarks.theory.points import LINEAR, as_points, power_law
 
 
 def lipschitz_growth(dim: int = 8, points: int = 32, seed: int = 0) -> dict[str, dict[str, object]]:

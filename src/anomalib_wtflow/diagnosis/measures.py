@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from anomalib_wtflow.flow.solver import ODESolver, Solver, VectorField
+from anomalib_wtflow.flow.solver import Solver, VectorField
 
 
 def radius(x: Tensor) -> Tensor:
@@ -19,43 +20,34 @@ def centripetal_component(velocity: Tensor, x: Tensor) -> Tensor:
     return (velocity * x).sum(dim=1) / x.square().sum(dim=1)
 
 
-def trajectory(field: VectorField, x: Tensor, times: Tensor, solver: ODESolver | None = None) -> Tensor:
-    """Points at each of the times, along ``dx/dt = v(x, t)``.
+def trajectory(field: VectorField, x: Tensor, times: Tensor) -> Tensor:
+    """Points ``(K, N, ...)`` at each of K times along ``dx/dt = v(x, t)``, by one RK4 step from one to the next.
 
     Args:
         field: ``v(x, t)``.
         x: Points at ``times[0]``, ``(N, ...)``.
-        times: K times.
-        solver: Carries the points from one time to the next; None for one RK4 step.
-
-    Returns:
-        ``(K, N, ...)``.
+        times: The times.
     """
-    solver = solver or Solver("rk4", 1)
     points = [x]
     for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        points.append(solver.integrate(field, points[-1], start, end))
+        points.append(Solver("rk4", 1).integrate(field, points[-1], start, end))
     return torch.stack(points)
 
 
 def local_lipschitz(field: VectorField, x: Tensor, t: Tensor, iterations: int = 20) -> Tensor:
-    """``|| dv/dx ||_2``, the largest singular value of the Jacobian at each sample, by power iteration on ``J^T J``.
+    """``|| dv/dx ||_2`` at each sample, ``(N,)``, by power iteration on ``J^T J``: a lower bound that these tighten.
 
-    A lower bound that the iterations tighten. For a field that acts on each position by itself it is the largest over
-    the positions of a sample.
+    For a field that acts on each position by itself it is the largest over the positions of a sample.
 
     Args:
         field: ``v(x, t)``, differentiable in ``x`` in both modes of automatic differentiation.
         x: Points, ``(N, ...)``.
         t: Times, ``(N,)``.
         iterations: Power iterations, at least 1.
-
-    Returns:
-        ``(N,)``.
     """
 
     def unit(z: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(z.flatten(1), dim=1).view_as(z)
+        return normalize(z.flatten(1), dim=1).view_as(z)
 
     backward = torch.func.vjp(lambda z: field(z, t), x)[1]
     direction = unit(torch.randn_like(x))

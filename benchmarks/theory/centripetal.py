@@ -1,6 +1,6 @@
 """Claim: the field is centripetal, and worst transport makes it more so.
 
-Each experiment returns plain numbers, which the tests check and ``anomalib-wtflow diagnose --toy`` draws. The
+Each experiment returns plain numbers, which the tests check and ``python -m benchmarks claims`` draws. The
 experiments are ours; the claims are arXiv 2508.05461's.
 """
 
@@ -12,9 +12,9 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch.nn.functional import normalize
 
+from anomalib_wtflow.diagnosis.measures import centripetal_component
 from anomalib_wtflow.flow.coupling import get_coupling
-from anomalib_wtflow.theory.diagnostics import centripetal_component
-from anomalib_wtflow.theory.points import LINEAR, TOY_COUPLINGS, as_points
+from benchmarks.theory.points import LINEAR, TOY_COUPLINGS, as_points
 
 
 def largest_of_normals(count: int) -> float:

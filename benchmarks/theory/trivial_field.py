@@ -1,6 +1,6 @@
 """Claim: reversed Gaussian paths give trivial fields in high dimension.
 
-Each experiment returns plain numbers, which the tests check and ``anomalib-wtflow diagnose --toy`` draws. The
+Each experiment returns plain numbers, which the tests check and ``python -m benchmarks claims`` draws. The
 experiments are ours; the claims are arXiv 2508.05461's.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from anomalib_wtflow.flow.path import ProbabilityPath
-from anomalib_wtflow.theory.oracle import EmpiricalField
-from anomalib_wtflow.theory.points import arc, as_points, power_law
+from benchmarks.theory.oracle import EmpiricalField
+from benchmarks.theory.points import arc, as_points, power_law
 
 
 def trivial_field(

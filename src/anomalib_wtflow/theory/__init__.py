@@ -1,1 +1,0 @@
-"""Exact fields and densities, and the paper's claims as small experiments."""
