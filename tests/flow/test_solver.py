@@ -11,7 +11,7 @@ from torchdiffeq._impl.odeint import SOLVERS as TORCHDIFFEQ
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.solver import ADAPTIVE_SOLVERS, SOLVER_NAMES, SOLVERS, AdaptiveSolver, Solver, get_solver
-from anomalib_wtflow.theory.oracle import GaussianField
+from benchmarks.theory.oracle import GaussianField
 
 pytestmark = pytest.mark.method
 
