@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anomalib_wtflow import WTFlowPostProcessor
-from anomalib_wtflow.post_processor import conformal_threshold
+from anomalib_wtflow.conformal import Scores, conformal_threshold
+from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.products.recognition import Recognition
 from anomalib_wtflow.settings import get_settings
-from anomalib_wtflow.training.calibration import Calibration
-from anomalib_wtflow.training.feature_caching import FeatureCaching
+from anomalib_wtflow.torch_model import Predictions
 
 
 @given(n=st.integers(1, 60), rate=st.floats(0.001, 0.999))
@@ -53,9 +55,14 @@ def processor(threshold: float = 2.0, **kwargs: object) -> WTFlowPostProcessor:
     return result
 
 
-def predictions(scores: list[float]) -> InferenceBatch:
+def known(count: int) -> Recognition:
+    """Images of the only product."""
+    return Recognition(torch.zeros(count, dtype=torch.int64), torch.zeros(count))
+
+
+def predictions(scores: list[float]) -> Predictions:
     score = torch.tensor(scores)
-    return InferenceBatch(pred_score=score, anomaly_map=score[:, None, None, None].expand(-1, 1, 2, 3).clone())
+    return Predictions(score, score[:, None, None, None].expand(-1, 1, 2, 3).clone(), known(len(score)))
 
 
 def test_normalised_scores() -> None:
@@ -68,7 +75,7 @@ def test_normalised_scores() -> None:
 
 def test_order_is_kept() -> None:
     scores = torch.logspace(-3, 3, 500)
-    result = processor()(InferenceBatch(pred_score=scores, anomaly_map=torch.ones(500, 1, 1, 1)))
+    result = processor()(Predictions(scores, torch.ones(500, 1, 1, 1), known(500)))
     assert (result.pred_score.diff() > 0).all()
 
 
@@ -86,6 +93,7 @@ def test_sensitivity(normalised: bool) -> None:
 def test_batches_get_what_forward_gives() -> None:
     raw, post = predictions([1.0, 3.0]), processor()
     batch = ImageBatch(image=torch.rand(2, 3, 2, 3), pred_score=raw.pred_score, anomaly_map=raw.anomaly_map)
+    batch.recognition = raw.recognition
     post.post_process_batch(batch)
     expected = post(raw)
     torch.testing.assert_close(batch.pred_score, expected.pred_score)
@@ -108,23 +116,6 @@ def test_broken_scores_are_the_most_anomalous(normalised: bool) -> None:
 
 
 @pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize("in_map", [False, True])
-def test_what_is_broken_names_the_image(value: float, in_map: bool) -> None:
-    raw = predictions([1.0, 1.0 if in_map else value])
-    raw.anomaly_map[1] = 1.0
-    if in_map:
-        raw.anomaly_map[1, 0, 1, 2] = value
-    batch = ImageBatch(
-        image=torch.rand(2, 3, 2, 3),
-        pred_score=raw.pred_score,
-        anomaly_map=raw.anomaly_map,
-        image_path=["a.png", "b.png"],
-    )
-    with pytest.raises(ValueError, match=r"The score or map of 'b.png' is NaN or infinite \(1 such images"):
-        processor().post_process_batch(batch)
-
-
-@pytest.mark.parametrize("value", BROKEN)
 @pytest.mark.parametrize("name", ["_image_threshold", "_pixel_threshold"])
 def test_a_broken_threshold_is_an_error(name: str, value: float) -> None:
     post = processor(enable_threshold_matching=False)
@@ -137,13 +128,12 @@ def test_no_warning_where_the_rate_is_just_met() -> None:
     """1/20 is a little more than 0.05 in float32."""
     for n, warned in ((19, 0), (18, 1)):
         post = processor(false_alarm_rate=0.05)
-        calibration = Calibration(post, 0.2, FeatureCaching(0))
-        calibration._names, calibration._counts = ["part"], [n]
-        post.effective_false_alarm_rate.fill_(conformal_threshold(torch.rand(n), 0.05).false_alarm_rate)
+        post.begin(["part"], held=Scores.of(torch.rand(n), torch.rand(n), known(n)))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            calibration._report()
+            post.set_thresholds(SimpleNamespace(world_size=1))
         assert len(caught) == warned
+        assert post.calibration_images.tolist() == [n]
 
 
 def test_no_threshold_is_an_error() -> None:
