@@ -1,37 +1,30 @@
 """The table of verdicts, against anomalib's own predictions."""
 
-import csv
-import errno
-import io
 import json
-import math
+from copy import copy
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from anomalib.data import Folder, ImageBatch, PredictDataset
-from rich.console import Console
+from anomalib.data import ImageBatch, PredictDataset
 from torch.utils.data import DataLoader
 
 from anomalib_wtflow import WTFlow, WTFlowPostProcessor
-from anomalib_wtflow.products import UNKNOWN, Recognition
-from anomalib_wtflow.reporting.summary import Summary, sentences, show
-from anomalib_wtflow.reporting.verdicts import COLUMNS, Verdicts, locked, read, reason, rows_of, stopped, to_json
+from anomalib_wtflow.conformal import Scores
+from anomalib_wtflow.products.recognition import UNKNOWN, Recognition
+from anomalib_wtflow.reporting.summary import highest, read_rows, sentences
+from anomalib_wtflow.reporting.verdicts import VERDICT_COLUMNS, Verdicts, rows_of
 from conftest import quiet_engine
-
-
-def judged(root: Path, trained: SimpleNamespace, **kwargs: Any) -> tuple[Any, list[dict[str, Any]]]:
-    """Predict the test images; return anomalib's batches and the rows of the file."""
-    model = WTFlow.load_from_checkpoint(trained.checkpoint, **kwargs).eval()
-    batches = quiet_engine(root).predict(model, dataset=PredictDataset(trained.parts.root / "test"))
-    return batches, list(read(next(root.rglob("scores.csv"))))
 
 
 @pytest.mark.slow
 def test_rows_are_anomalibs_predictions(tmp_path: Path, trained: SimpleNamespace) -> None:
-    batches, rows = judged(tmp_path, trained)
+    model = WTFlow.load_from_checkpoint(trained.checkpoint).eval()
+    batches: Any = quiet_engine(tmp_path).predict(model, dataset=PredictDataset(trained.parts.root / "test"))
+    rows = list(read_rows(next(tmp_path.rglob("scores.csv"))))
     assert [row["image_path"] for row in rows] == [path for batch in batches for path in batch.image_path]
     assert len(rows) == 32
     scores = torch.cat([batch.pred_score for batch in batches]).flatten()
@@ -41,9 +34,7 @@ def test_rows_are_anomalibs_predictions(tmp_path: Path, trained: SimpleNamespace
     assert len(set(labels)) == 2
     maps, masks = (torch.cat([getattr(b, name) for b in batches]).flatten(1) for name in ("anomaly_map", "pred_mask"))
     torch.testing.assert_close(torch.tensor([row["largest_pixel"] for row in rows]), maps.amax(1), rtol=0, atol=0)
-    torch.testing.assert_close(
-        torch.tensor([row["outlined"] for row in rows]), masks.float().mean(1), rtol=0, atol=1e-8
-    )
+    torch.testing.assert_close(torch.tensor([row["outlined"] for row in rows]), masks.float().mean(1))
     threshold = float(trained.model.post_processor.image_threshold)
     for row in rows:
         assert row["threshold"] == pytest.approx(threshold, rel=1e-7)
@@ -59,7 +50,7 @@ def test_a_test_knows_the_truth_and_the_json_file_has_the_rows(
     model = WTFlow.load_from_checkpoint(trained.checkpoint).eval()
     quiet_engine(tmp_path).test(model, datamodule=trained.parts, verbose=False)
     path = next(tmp_path.rglob("scores.csv"))
-    rows, whole = list(read(path)), json.loads(path.with_suffix(".json").read_text())
+    rows, whole = list(read_rows(path)), json.loads(path.with_suffix(".json").read_text())
     assert whole["images"] == rows
     samples = trained.parts.test_data.samples.set_index("image_path")["label_index"].to_dict()
     assert {row["image_path"]: row["gt_label"] for row in rows} == {
@@ -74,25 +65,25 @@ def test_a_test_knows_the_truth_and_the_json_file_has_the_rows(
 
 
 @pytest.mark.slow
-def test_they_can_be_switched_off(tmp_path: Path, trained: SimpleNamespace) -> None:
-    overrides = {**{k: getattr(trained.model.settings, k) for k in ("coupling", "plateau")}, "verdicts": False}
-    with pytest.raises(StopIteration):
-        judged(tmp_path, trained, overrides=overrides)
-
-
-@pytest.mark.slow
-def test_good_images_only_have_no_auroc(
+def test_metrics_that_good_images_do_not_define_are_left_out(
     tmp_path: Path, trained: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = trained.parts.root
-    good = Folder("good", "train/good", root, normal_test_dir="test/good", test_split_mode="from_dir", num_workers=0)
-    model = WTFlow.load_from_checkpoint(trained.checkpoint).eval()
-    metrics = len(model.evaluator.test_metrics)
-    (result,) = quiet_engine(tmp_path).test(model, datamodule=good, verbose=False)
-    assert result == {}
-    assert len(model.evaluator.test_metrics) == metrics > 0
+    """In this test only: afterwards the same model is tested with all."""
+    model, engine, data = WTFlow.load_from_checkpoint(trained.checkpoint).eval(), quiet_engine(tmp_path), trained.parts
+    data.prepare_data()
+    data.setup()
+    samples, found = data.test_data.samples, []
+    for labels in ([0], [1], [0, 1], [0]):
+        images = copy(data.test_data)
+        images.samples = samples[samples["label_index"].isin(labels)].reset_index(drop=True)
+        loader = DataLoader(images, 4, collate_fn=images.collate_fn)
+        found.append(set(engine.test(model, dataloaders=loader, verbose=False)[0]))
+    names = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"}
+    assert found == [set(), {"pixel_AUROC", "pixel_F1Score"}, names, set()]
+    assert len(model.evaluator.test_metrics) == 4
     out = capsys.readouterr().out
     assert "There are no defective images, so AUROC and F1 cannot be measured" in out
+    assert "There are no good images, so AUROC, F1 and false alarms cannot be measured" in out
     promised = float(trained.model.post_processor.effective_false_alarm_rate)
     assert f"called anomalous, at most {promised:.1%} promised." in out
 
@@ -103,175 +94,120 @@ def test_good_images_only_have_no_auroc(
 def several() -> tuple[Any, ImageBatch]:
     """Three images of a model of two products, the last one of neither."""
     post = WTFlowPostProcessor(0.5)
-    post.calibrate(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 1.0]), torch.tensor([0, 1]), 2)
-    names = ["bolt", "nut"]
-    model = SimpleNamespace(
-        post_processor=post,
-        product_names=names,
-        recognised=lambda known: [
-            UNKNOWN if s > 1 else names[p]
-            for p, s in zip(known.product.tolist(), known.strangeness.tolist(), strict=True)
-        ],
-    )
+    post.calibrate(Scores(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 1.0]), torch.tensor([0, 1])), 2)
     raw = torch.tensor([3.0, 3.0, 0.5])
     batch = ImageBatch(
         image=torch.zeros(3, 3, 2, 2),
         pred_score=raw.clone(),
         anomaly_map=torch.tensor([0.5, 0.5, 2.0])[:, None, None, None].expand(3, 1, 2, 2).contiguous(),
-        image_path=["a.png", "ü,b.png", "c.png"],
+        image_path=["a.png", "ü,b.png", "c\udcff.png"],
+        gt_label=torch.tensor([False, True, True]),
     )
     batch.recognition = Recognition(torch.tensor([0, 1, 0]), torch.tensor([0.1, 0.1, 4.0]))
     batch.raw_score = raw
     post.post_process_batch(batch)
-    return model, batch
+    return SimpleNamespace(post_processor=post, products=["bolt", "nut"]), batch
+
+
+def trainer_of(root: Path, rank: int = 0, processes: int = 1) -> Any:
+    return SimpleNamespace(default_root_dir=root, global_rank=rank, world_size=processes, is_global_zero=rank == 0)
 
 
 def test_each_image_has_the_threshold_of_its_product() -> None:
     rows = rows_of(*several())
-    assert list(rows[0]) == list(COLUMNS)
+    assert tuple(rows[0]) == VERDICT_COLUMNS
     assert [row["product"] for row in rows] == ["bolt", "nut", UNKNOWN]
     assert [row["threshold"] for row in rows] == [1.0, 4.0, 1.0]
     assert [row["pred_label"] for row in rows] == ["anomalous", "good", "anomalous"]
     assert [row["raw_score"] for row in rows] == [3.0, 3.0, 0.5]
-    expected = [3 / 4, 3 / 7, 4 / 5]  # the last by its strangeness: 4 thresholds
+    expected = [3 / 4, 3 / 7, 4 / 5]  # the last by its distance: 4 thresholds
     assert [row["pred_score"] for row in rows] == pytest.approx(expected, rel=1e-7)
     assert [row["largest_pixel"] for row in rows] == pytest.approx([1 / 3, 1 / 3, 2 / 3], rel=1e-7)
     assert [row["outlined"] for row in rows] == [0.0, 0.0, 1.0]
 
 
-def test_files_hold_any_name_and_the_summary_counts(tmp_path: Path) -> None:
-    path = tmp_path / "scores.csv"
-    rows = rows_of(*several())
-    for row, truth in zip(rows, ("good", "anomalous", ""), strict=True):
-        row["gt_label"] = truth
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    summary = to_json(path, Summary(promises={"bolt": 0.5, "nut": 0.25}))
-    assert [row["image_path"] for row in read(path)] == ["a.png", "ü,b.png", "c.png"]
-    assert (summary.images, summary.good, summary.anomalous, summary.unknown) == (3, 1, 2, 1)
-    assert (summary.truly_good, summary.false_alarms, summary.truly_anomalous, summary.misses) == (1, 1, 1, 1)
-    assert [row["image_path"] for row in summary.highest] == ["c.png", "a.png", "ü,b.png"]
-    assert summary.scores == pytest.approx([3 / 7, 3 / 4, 4 / 5])
-    assert sentences(summary)[0] == "3 images: 1 good, 2 anomalous (1 of them like no product)."
-    assert sentences(summary)[1] == "Of 1 good ones 1 called anomalous, at most 50.0% promised."
+def test_files_hold_any_name_and_the_summary_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the last run alone, in a folder of an earlier one."""
+    model, batch = several()
+    path, trainer = tmp_path / "run" / "scores.csv", trainer_of(tmp_path / "run")
+    for _ in range(2):
+        report = Verdicts()
+        report.on_predict_start(trainer, model)
+        report.on_predict_batch_end(trainer, model, batch, None, 0)
+        assert len(list(read_rows(path))) == 3  # before the end
+        assert not path.with_suffix(".json").exists()
+        report.on_predict_end(trainer, model)
+    assert [row["image_path"] for row in read_rows(path)] == ["a.png", "ü,b.png", "c\\udcff.png"]
+    whole = json.loads(path.with_suffix(".json").read_text())
+    assert whole["images"] == list(read_rows(path))
+    assert whole["summary"] == {
+        "images": 3,
+        "good": 1,
+        "anomalous": 2,
+        "unknown": 1,
+        "false_alarms": 1,
+        "misses": 1,
+        "truly_good": 1,
+        "truly_anomalous": 2,
+        "scores": pytest.approx([3 / 7, 3 / 4, 4 / 5]),
+        "promises": {"bolt": 0.5, "nut": 0.5},
+        "limit": 0.5,
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert lines[:8] == [
+        "3 images: 1 good, 2 anomalous (1 of them like no product).",
+        "Scores from 0.429 to 0.800, median 0.750; above 0.5 is anomalous.",
+        "Of 1 good ones 1 called anomalous, at most 50.0% promised.",
+        "Of 2 defective ones 1 called good.",
+        "Highest scores (pred_score, pred_label, gt_label, product, image_path):",
+        f"0.8000  anomalous  anomalous  {UNKNOWN}  c\\udcff.png",
+        "0.7500  anomalous  good  bolt  a.png",
+        "0.4286  good  anomalous  nut  ü,b.png",
+    ]
 
 
-def test_what_has_no_score_comes_first_and_is_not_good(tmp_path: Path) -> None:
-    path = tmp_path / "scores.csv"
-    path.write_text(",".join(COLUMNS) + "\na.png,,1,0.9,1,anomalous,,1,1\nb.png,,,,,,,,\n")
-    summary = to_json(path, Summary())
-    assert summary.highest[0]["image_path"] == "b.png"
-    assert (summary.good, summary.anomalous) == (0, 2)
-    assert summary.scores[-1] == math.inf
-
-
-def test_a_file_of_many_rows_is_summed_up_like_the_ten_highest(tmp_path: Path) -> None:
-    path = tmp_path / "scores.csv"
+def test_the_highest_scores_of_many(tmp_path: Path) -> None:
     order = torch.randperm(500).tolist()
     lines = [f"{k}.png,,{k},{k / 500},250,{'good' if k < 250 else 'anomalous'},,0,0" for k in order]
-    path.write_text("\n".join([",".join(COLUMNS), *lines]) + "\n")
-    summary = to_json(path, Summary())
-    assert [row["image_path"] for row in summary.highest] == [f"{k}.png" for k in range(499, 489, -1)]
-    assert (summary.good, summary.anomalous) == (250, 250)
+    (tmp_path / "scores.csv").write_text("\n".join([",".join(VERDICT_COLUMNS), *lines]) + "\n")
+    shown = [line.split()[-1] for line in highest(tmp_path / "scores.csv")[1:]]
+    assert shown == [f"{k}.png" for k in range(499, 489, -1)]
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_what_is_printed(terminal: bool, tmp_path: Path) -> None:
-    row = {"image_path": "parts/[red]a.png", "pred_score": 0.75, "pred_label": "anomalous", "gt_label": None}
-    summary = Summary(images=2, judged=2, good=1, anomalous=1, scores=[0.25, 0.5, 0.75], highest=[row])
-    out = io.StringIO()
-    show(
-        summary,
-        tmp_path / "scores.csv",
-        Console(file=out, force_terminal=terminal, width=200, highlight=False, markup=False),
-    )
-    text = out.getvalue()
-    for part in ("2 images: 1 good, 1 anomalous.", "0.7500", "parts/[red]a.png", "scores.csv and scores.json"):
-        assert part in text
-    assert ("───" in text or "━" in text) == terminal
+def test_a_model_without_thresholds_gives_no_verdicts() -> None:
+    summary = {"images": 3, "good": 0, "anomalous": 0}
+    assert sentences(summary) == ["3 images without verdicts: the model has no threshold."]
 
 
-def test_a_promise_needs_good_and_defective_images() -> None:
-    assert not any("AUROC" in line for line in sentences(Summary(images=2, judged=2, truly_good=1, truly_anomalous=1)))
-    assert any("no good images" in line for line in sentences(Summary(images=1, judged=1, truly_anomalous=1)))
-    assert not any("AUROC" in line for line in sentences(Summary(images=1, judged=1)))
-    assert sentences(Summary(images=3)) == ["3 images without verdicts: the model has no threshold."]
+def test_another_model_is_left_alone(tmp_path: Path) -> None:
+    report, trainer, model = Verdicts(), trainer_of(tmp_path), SimpleNamespace()
+    report.on_test_start(trainer, model)
+    report.on_test_batch_end(trainer, model, None, None, 0)
+    report.on_test_end(trainer, model)
+    assert not list(tmp_path.iterdir())
 
 
-def test_images_that_were_left_out_are_counted() -> None:
-    rest = "3 of 40 images were judged, since limit_predict_batches is 3: the others have no verdict."
-    some = {"images": 3, "reason": "limit_predict_batches is 3"}
-    assert sentences(Summary(given=40, judged=3, good=3, **some)) == ["3 images: 3 good, 0 anomalous.", rest]
-    assert sentences(Summary(given=40, **some)) == ["3 images without verdicts: the model has no threshold.", rest]
-    for given in (None, 3, 2):  # a sampler may show images twice
-        assert sentences(Summary(given=given, judged=3, good=3, **some)) == ["3 images: 3 good, 0 anomalous."]
+def process(rank: int, root: Path) -> None:
+    """One of two, which judges an image more than the other, and one that the other judges too."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
+    model, batch = several()
+    report, trainer = Verdicts(), trainer_of(root, rank, 2)
+    report.on_test_start(trainer, model)
+    for names in (["a", "b", "c"], ["d", "e", "f"])[: 2 - rank]:
+        batch.image_path = names if rank == 0 else ["x", "y", "a"]
+        report.on_test_batch_end(trainer, model, batch, None, 0)
+    report.on_test_end(trainer, model)
 
 
-def test_a_file_takes_the_verdicts_of_one_run_at_a_time(tmp_path: Path) -> None:
-    trainer: Any = SimpleNamespace(
-        default_root_dir=tmp_path,
-        global_rank=0,
-        world_size=1,
-        predicting=True,
-        predict_dataloaders=[SimpleNamespace(dataset=[1, 2])],
-    )
-    model = SimpleNamespace(product_names=[""])
-    first, second = Verdicts(), Verdicts()
-    first._start(trainer, model)
-    with pytest.raises(RuntimeError, match=rf"^Another run .* to {tmp_path}/scores.csv: wait .* --default_root_dir\.$"):
-        second._start(trainer, model)
-    first.on_exception(trainer, model, KeyboardInterrupt())
-    second._start(trainer, model)
-    second.teardown(trainer, model, "predict")
-
-
-def test_each_process_keeps_its_own_file_to_itself(tmp_path: Path) -> None:
-    """One of a second run would empty what the first run's writes."""
-    model = SimpleNamespace(product_names=[""])
-    trainers: Any = [SimpleNamespace(default_root_dir=tmp_path, global_rank=rank) for rank in (0, 1, 1)]
-    first, second, late = Verdicts(), Verdicts(), Verdicts()
-    first._start(trainers[0], model)
-    second._start(trainers[1], model)
-    with pytest.raises(RuntimeError, match=rf"^Another run is writing its verdicts to {tmp_path}/scores-1.csv: wait"):
-        late._start(trainers[2], model)
-    for each in (first, second):
-        each.teardown(trainers[0], model, "test")
-
-
-def test_a_folder_that_takes_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on some network file systems: it works as before, with a warning."""
-
-    def refused(lock: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("anomalib_wtflow.reporting.verdicts.FileLock.acquire", refused)
-    with pytest.warns(UserWarning, match=r"takes no lock \(\[Errno \d+\] No locks available\): start no second run"):
-        assert locked(tmp_path / "scores.csv") is None
-
-
-def test_why_images_were_left_out() -> None:
-    def said(predicting: bool, limit: float) -> str:
-        trainer: Any = SimpleNamespace(predicting=predicting, limit_predict_batches=limit, limit_test_batches=limit)
-        return reason(trainer)
-
-    assert said(True, 1) == "limit_predict_batches is 1"
-    assert said(False, 0.25) == "limit_test_batches is 0.25"
-    assert said(True, 1.0) == said(False, 1.0) == "the loader gave no more"
-
-
-def test_what_a_stopped_run_says(tmp_path: Path) -> None:
-    """Loaders need no data set, and data sets no length."""
-
-    def said(*loaders: Any, processes: int = 1) -> str:
-        trainer: Any = SimpleNamespace(predicting=False, test_dataloaders=list(loaders), world_size=processes)
-        return stopped(trainer, 3, tmp_path / "scores.csv")
-
-    rest = f" images: their verdicts are in {tmp_path}/scores.csv, the others were not judged."
-    assert said(DataLoader([1] * 5), DataLoader([1] * 2)) == f"Stopped after 3 of 7{rest}"
-    for unknown in ([1, 2], SimpleNamespace(dataset=iter([1]))):
-        assert said(unknown) == f"Stopped after 3{rest}"
-    assert said([1], processes=2) == (
-        f"Stopped: each process's verdicts are in {tmp_path}, scores*.csv; other images were not judged."
-    )
+@pytest.mark.slow
+def test_the_first_of_two_processes_writes_all_rows_once(tmp_path: Path) -> None:
+    workers = [get_context("spawn").Process(target=process, args=(rank, tmp_path)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [path.name for path in sorted(tmp_path.glob("scores*"))] == ["scores.csv", "scores.json"]
+    assert [row["image_path"] for row in read_rows(tmp_path / "scores.csv")] == list("abcdefxy")
+    assert json.loads((tmp_path / "scores.json").read_text())["summary"]["images"] == 8

@@ -11,7 +11,7 @@ from anomalib_wtflow.settings import RECIPES, declared, get_settings, option
 HEAD = ("setting", "default", "paper", "meaning")
 
 
-def text_of(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     """Write a value as YAML has it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
@@ -25,8 +25,8 @@ def rows() -> list[tuple[str, str, str, str]]:
     for name, each in declared().items():
         rule = each.metadata["rule"]
         choices = f" One of {', '.join(rule.names)}." if rule.names else ""
-        theirs = text_of(getattr(paper, name)) if name in RECIPES["paper"] else ""
-        result.append((option(name), text_of(getattr(default, name)), theirs, each.metadata["meaning"] + choices))
+        theirs = yaml_text(getattr(paper, name)) if name in RECIPES["paper"] else ""
+        result.append((option(name), yaml_text(getattr(default, name)), theirs, each.metadata["meaning"] + choices))
     return result
 
 

@@ -1,46 +1,37 @@
 """Move the threshold of a trained model to what the process is like today, without training."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from anomalib.data import PredictDataset
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from anomalib_wtflow.flow.rows import allocate
+from anomalib_wtflow.checkpoint import read_checkpoint
+from anomalib_wtflow.conformal import Scores, images_needed
+from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.images import mark_of, marks_of
 from anomalib_wtflow.lightning_model import WTFlow
-from anomalib_wtflow.operation.checkpoint import load_model, to_device
-from anomalib_wtflow.operation.data import images_of
-from anomalib_wtflow.operation.fresh import fresh_ones
-from anomalib_wtflow.post_processor import WTFlowPostProcessor, images_needed
-from anomalib_wtflow.reporting.data_sets import image_paths
-from anomalib_wtflow.reporting.unjudged import first_few, quoted
+from anomalib_wtflow.operation.checkpoint import load_model, score_images, to_device
+from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import check
-from anomalib_wtflow.training import checkpoint_rules
-from anomalib_wtflow.training.calibration import Scores, score_images
-from anomalib_wtflow.writing import one_sentence_for, replace_whole
 
-LAYOUT = ("train", "test", "ground_truth")
 ALPHA = 0.01
 """Probability of the sentence that the process has moved where it has not, over all products of a model."""
-HIGHEST = 1 / 8
-"""Share of the old scores: were the new ones all among these highest, that should show."""
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A product's threshold before and after, on the scale of raw scores, and what the new images say.
+class Change:
+    """A product's threshold before and after, on the scale of raw scores, and what the new images tell.
 
     ``p_value`` is that of a two-sided Mann-Whitney U test of the new scores against those that the old threshold came
-    from; None where the checkpoint does not hold these. ``promised`` is the false-alarm rate that ``images`` support.
-    ``can_tell`` says whether so many scores could tell that the process has moved (:func:`could_tell`).
-    ``anomalous`` are the new images above the old threshold, with their raw scores (infinite if like no product), the
-    highest first, by their names below the data's folder.
+    from. ``anomalous`` are the new images above the old threshold, with their raw scores, the highest first.
     """
 
     product: str
@@ -50,91 +41,60 @@ class Moved:
     pixel_after: float
     images: int
     promised: float
-    p_value: float | None
+    p_value: float
     higher: bool
     moved: bool
     can_tell: bool
     anomalous: Mapping[str, float]
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether the new images should be looked at: ``after > before``, or one of them is like no product.
-
-        A share of good images is above the old threshold by its promise. The new threshold is above the old one just
-        where as many are as set it, whatever their number, and only then an image that was anomalous passes as good
-        from now on.
-        """
-        return bool(self.anomalous) and (self.after > self.before or math.inf in self.anomalous.values())
-
-    def sentences(self, asked: float, of: str = "") -> list[str]:
-        """Say it."""
+    def describe(self, asked: float, of: str = "") -> list[str]:
+        """Describe the change; ``asked`` is the rate asked for."""
         few = f", not the {asked:.2%} asked for: give more good images" if self.promised > asked * (1 + 1e-6) else ""
         lines = [
             f"Threshold{of} {self.before:.4g} -> {self.after:.4g} (pixels {self.pixel_before:.4g} -> "
             f"{self.pixel_after:.4g}): {self.images} good images support a false-alarm rate of at most "
             f"{self.promised:.2%}{few}."
         ]
-        if self.p_value is None:
-            lines.append("The checkpoint does not hold the scores it was calibrated on: no comparison.")
-        elif self.moved:
+        test = f"(Mann-Whitney, p = {self.p_value:.2g})"
+        if self.moved:
             how = "higher" if self.higher else "lower"
-            lines.append(
-                f"These images score {how} than those it was calibrated on (Mann-Whitney, p = {self.p_value:.2g}): the "
-                "process has moved."
-            )
-        elif not self.can_tell:
-            lines.append(
-                f"{self.images} image{'s are' if self.images > 1 else ' is'} too few to tell whether the process has "
-                f"moved (Mann-Whitney, p = {self.p_value:.2g}): give more good images."
-            )
+            lines.append(f"These images score {how} than those it was calibrated on {test}: the process has moved.")
+        elif self.can_tell:
+            lines.append(f"They score like those it was calibrated on {test}.")
         else:
-            lines.append(f"They score like those it was calibrated on (Mann-Whitney, p = {self.p_value:.2g}).")
-        if self.suspicious:
-            several = len(self.anomalous) > 1
+            lines.append(f"So few images cannot tell whether the process has moved {test}: give more good images.")
+        # Where the threshold does not rise, what was anomalous stays so, and some good parts are, by the rate.
+        if self.anomalous and (self.after > self.before or math.inf in self.anomalous.values()):
             lines.append(
-                f"{len(self.anomalous)} of {self.images} images{of} {'are' if several else 'is'} anomalous at the old "
-                f"threshold, {named(self.anomalous)}: leave {'those that are' if several else 'it out if it is'} "
-                f"defective{' out' if several else ''} and calibrate again."
+                f"Of {self.images} images{of}, {len(self.anomalous)} exceed the old threshold, "
+                f"{listed(self.anomalous)}: leave out those that are defective, and calibrate again."
             )
         return lines
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What :func:`calibrate` did."""
+    """What :func:`calibrate` did: a change for each product that enough new images show.
+
+    ``unseen`` products keep their thresholds. ``unused`` are images by the reason why they were left out.
+    """
 
     path: Path
     false_alarm_rate: float
-    products: list[Moved]
+    products: list[Change]
     unseen: list[str]
-    """Products that no or too few new images show; they keep their thresholds."""
-    left_out: Mapping[str, float]
-    """The images that show these, with their raw scores, as in :class:`Moved`."""
-    trained_on: Sequence[str] = ()
-    """Images that were not used, since the model was trained with them."""
-    copies: Sequence[str] = ()
-    """Images that were not used, since they are copies of others."""
+    unused: Mapping[str, list[str]]
 
     def __str__(self) -> str:
-        """Say it in a few lines."""
+        """Describe it in a few lines."""
+        some = [(why, names) for why, names in self.unused.items() if names]
+        lines = [f"Left out {len(names)}, since {why}: {listed(names)}." for why, names in some]
         several = len(self.products) + len(self.unseen) > 1
-        lines = []
-        if self.trained_on:
-            what = "whose scores promise nothing for new parts"
-            lines.append(
-                f"Left out {len(self.trained_on)} that the model was trained with, {what}: {quoted(self.trained_on)}."
-            )
-        if self.copies:
-            lines.append(
-                f"Left out {len(self.copies)} that are copies of others, and tell nothing new: {quoted(self.copies)}."
-            )
         for each in self.products:
-            lines += each.sentences(self.false_alarm_rate, f" of '{each.product}'" if several else "")
+            lines += each.describe(self.false_alarm_rate, f" of '{each.product}'" if several else "")
         if self.unseen:
-            names = ", ".join(map(repr, self.unseen))
-            some = f" Left out: {named(self.left_out)}." if self.left_out else ""
-            lines.append(f"No or too few images show {names}: thresholds kept.{some}")
-        return "\n".join(lines)
+            lines.append(f"No or too few images show {listed(self.unseen)}: thresholds kept.")
+        return "\n".join([*lines, f"Wrote {self.path}"])
 
 
 def calibrate(
@@ -144,221 +104,157 @@ def calibrate(
     false_alarm_rate: float | None = None,
     device: str = "auto",
 ) -> Calibrated:
-    """Set a trained model's thresholds from new good images, and write a new checkpoint; weights stay as they are.
+    """Set a trained model's thresholds from new good images, and write a new checkpoint with the same weights.
 
-    The thresholds are those of :func:`anomalib_wtflow.post_processor.conformal_threshold`: at most the stated share of
-    good images like these is called anomalous, each product by itself. Images that the model was trained with are left
-    out, as are copies of others (:func:`anomalib_wtflow.operation.fresh.fresh_ones`).
+    At most the stated share of good images like these is called anomalous, each product by itself. Images that the
+    model was trained with are left out, as are copies of others.
 
     Args:
         ckpt_path: Checkpoint of a trained WTFlow model.
-        data: Folder of good images, searched with its sub-folders, or one in MVTec's layout, of which ``train/good`` is
-            not used, since the model was trained on it, and ``test/good`` is.
+        data: Folder of good images, searched with its sub-folders, or one in MVTec's layout: its ``test/good`` is used.
         output: Checkpoint to write; None for ``…-calibrated.ckpt`` beside the old one.
         false_alarm_rate: Share of good images that may be called anomalous, in (0, 1); None for the model's.
         device: ``auto``, ``cpu``, ``cuda``, …
 
-    Returns:
-        Old and new thresholds of each product, the rates that they support, how unlike the old scores the new are, and
-        which images are anomalous at the old thresholds.
-
     Raises:
-        FileNotFoundError: If the checkpoint or the data is not there.
-        ValueError: If the checkpoint is none of a trained WTFlow model, there are no images, or none that the model was
-            not trained with, or too few finite scores, or the output is the input.
+        WTFlowError: If the output is the checkpoint itself, or the images are not good ones, not new, or too few.
     """
-    path = Path(ckpt_path)
+    path, folder = Path(ckpt_path), Path(data).resolve()
     target = path.with_name(f"{path.stem}-calibrated.ckpt") if output is None else Path(output)
-    model, _, _ = load_model(path)
     if target.resolve() == path.resolve():
-        msg = (
-            f"output is '{output}', the checkpoint itself: give another path, to have the old thresholds to go back to."
-        )
-        raise ValueError(msg)
-    images = good_images(Path(data))
-    given = names_below(images, Path(data))
-    places = fresh_ones(images.image_filenames, model.trained_on)
-    images.image_filenames = [images.image_filenames[place] for place in places.fresh]
+        msg = f"output is '{target}', the checkpoint itself: give another path, to keep the old thresholds."
+        raise WTFlowError(msg)
+    model = load_model(path)
+    post: Any = model.post_processor
+    rate = getattr(post, "false_alarm_rate", None) if false_alarm_rate is None else false_alarm_rate
+    if not isinstance(post, WTFlowPostProcessor) or rate is None:
+        msg = "The model has anomalib's F1 threshold, which good images cannot set: give a false_alarm_rate."
+        raise WTFlowError(msg)
+    check("false_alarm_rate", rate)
+    post.false_alarm_rate = rate
+    fresh, unused = sort_images(good_images(folder), model.marks["training"])
     to_device(model, device)
-    post = with_rate(model, false_alarm_rate)
-    allocate(post, len(model.product_names))
-    before = post.image_threshold.clone(), post.pixel_threshold.clone()
-    old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_product.cpu())
-    names, scored = [given[place] for place in places.fresh], score_images(model, images)
-    new = enough(scored, old, len(model.product_names), post)
-    set_thresholds(post, new, len(model.product_names), by_score(names, scored, scored.scores.isinf()))
-    products = []
-    for place in new.product.unique().tolist():
-        limit = before[0][place].cpu()
-        anomalous = by_score(
-            names, scored, (scored.product == place) & ((scored.scores > limit) | scored.scores.isinf())
-        )
-        products.append(moved(post, model.product_names[place], place, before, old, new, anomalous))
-    unseen = [name for place, name in enumerate(model.product_names) if place not in new.product]
-    left_out = by_score(names, scored, ~torch.isin(scored.product, new.product))
+    new = score_images(model, fresh)
+    old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_index.cpu())
+    used = enough_images(new, old, len(model.products), images_needed(rate))
+    before = post.image_threshold.tolist(), post.pixel_threshold.tolist()
+    post.calibrate(Scores(*(values[used] for values in new)), len(model.products))
+    names = [os.path.relpath(each, folder) for each in fresh]
+    shown = new.index[used].unique().tolist()
+    changes = [change_of(model, k, before, new, old, names, ALPHA / len(shown)) for k in shown]
+    model.marks["calibration"] = marks_of([each for each, kept in zip(fresh, used.tolist(), strict=True) if kept])
     save(path, target, model)
-    assert post.false_alarm_rate is not None
-    unused = ([given[place] for place in some] for some in (places.trained_on, places.copies))
-    return Calibrated(target, post.false_alarm_rate, products, unseen, left_out, *unused)
+    unseen = [name for k, name in enumerate(model.products) if k not in shown]
+    unused = {why: [os.path.relpath(each, folder) for each in paths] for why, paths in unused.items()}
+    unused["too few show their product"] = list(by_score(names, new.score, ~used))
+    return Calibrated(target, rate, changes, unseen, unused)
 
 
-def good_images(path: Path) -> Any:
-    """Find the images of a folder.
+def good_images(folder: Path) -> list[str]:
+    """List the images of a folder, or of its ``test/good``.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it has defective images, or no images.
+        WTFlowError: If there is no such folder, or it may hold defective images.
     """
-    if not path.exists():
-        msg = f"There is no data at '{path}': give a folder of good images."
-        raise FileNotFoundError(msg)
-    if (path / "test" / "good").is_dir():
-        path = path / "test" / "good"
-    folders = [folder for folder in path.rglob("*") if folder.is_dir()]
-    kinds = path.name == "test" and any(folder.parent == path and folder.name != "good" for folder in folders)
-    if kinds or any(folder.name in LAYOUT for folder in folders):
-        msg = f"'{path}' holds more than good images (train, test or ground_truth): give a folder of good images alone."
-        raise ValueError(msg)
-    return images_of(path)
+    if (folder / "test" / "good").is_dir():
+        folder = folder / "test" / "good"
+    below = [path.name for path in folder.rglob("*") if path.is_dir()]
+    if not folder.is_dir() or {"train", "test", "ground_truth"} & set(below) or (folder.name == "test" and below):
+        msg = f"'{folder}' is no folder of good images alone: give one without train, test and ground_truth."
+        raise WTFlowError(msg)
+    return [str(path) for path in PredictDataset(folder).image_filenames]
 
 
-def names_below(images: Any, folder: Path) -> list[str]:
-    """Name images by their paths below a folder, whatever links lead there."""
-    paths, folder = [Path(path) for path in image_paths(images)], folder.resolve()
-    return [path.relative_to(folder).as_posix() if folder in path.parents else path.name for path in paths]
-
-
-def by_score(names: Sequence[str], scored: Scores, chosen: Tensor) -> dict[str, float]:
-    """Return the raw scores of some images, ``chosen`` being a mask ``(n,)``, by their names; the highest first."""
-    order = scored.scores.argsort(descending=True, stable=True)
-    return {names[k]: float(scored.scores[k]) for k in order[chosen[order]].tolist()}
-
-
-def named(images: Mapping[str, float]) -> str:
-    """Name some images with their raw scores, and say how many more there are."""
-    return first_few(
-        [f"'{name}' ({'like no product' if score == math.inf else f'{score:.4g}'})" for name, score in images.items()]
-    )
-
-
-def set_thresholds(post: WTFlowPostProcessor, new: Scores, count: int, strange: Mapping[str, float]) -> None:
-    """Set the thresholds of the products that the new images show.
-
-    Args:
-        post: Takes them.
-        new: Of the new images.
-        count: Number of the model's products.
-        strange: The images like no product, which count as anomalous at any threshold.
+def sort_images(paths: Sequence[str], trained_on: Tensor) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the new images, and by the reason those that may not set a threshold, which would break its promise.
 
     Raises:
-        ValueError: If there are so many of these that a threshold would be infinite.
+        WTFlowError: If no image is left.
     """
-    try:
-        post.calibrate(*new, count=count, keep=True)
-    except ValueError as error:
-        msg = (
-            f"Too many of the images are anomalous at any threshold, {named(strange)}: leave those out that do not "
-            "belong there, or give more good images."
-        )
-        raise ValueError(msg) from error
+    known, seen = set(trained_on.tolist()), set()
+    fresh: list[str] = []
+    familiar: list[str] = []
+    copies: list[str] = []
+    for path in paths:
+        content = sha256(Path(path).read_bytes()).digest()
+        (familiar if mark_of(path) in known else copies if content in seen else fresh).append(path)
+        seen.add(content)
+    if not fresh:
+        msg = f"The model was trained with all {len(paths)} images: give good images that it has not seen."
+        raise WTFlowError(msg)
+    return fresh, {"the model was trained with them": familiar, "they are copies of others": copies}
 
 
-def with_rate(model: WTFlow, rate: float | None) -> WTFlowPostProcessor:
-    """Return the post-processor of a model, with another rate if one is given.
+def enough_images(new: Scores, old: Scores, count: int, needed: int) -> Tensor:
+    """Mask the new images, ``(n,)``, whose product as many show as the rate needs, or as its old threshold came from.
+
+    A few images of another product, recognised as this one, would set its threshold. Of one product, any number does.
 
     Raises:
-        ValueError: If it has no conformal threshold, or the rate is outside (0, 1).
+        WTFlowError: If no product is left.
+    """
+    counts, before = (torch.bincount(scores.index, minlength=count) for scores in (new, old))
+    kept = counts >= (before.clamp(max=needed) if count > 1 else 1)
+    if not kept[new.index].any():
+        msg = f"The {len(new.index)} good images are too few of each product: the rate needs {needed} of one."
+        raise WTFlowError(msg)
+    return kept[new.index]
+
+
+def change_of(
+    model: WTFlow,
+    k: int,
+    before: tuple[list[float], list[float]],
+    new: Scores,
+    old: Scores,
+    names: list[str],
+    alpha: float,
+) -> Change:
+    """Compare the new scores of product ``k`` with the old ones, and its thresholds with those before.
+
+    The test can tell nothing where p would not be below alpha if all n new scores were above all m old ones: that gives
+    the least p, ``2 n! m! / (n + m)!``.
     """
     post: Any = model.post_processor
-    ours = isinstance(post, WTFlowPostProcessor)
-    if not ours or (post.false_alarm_rate is None and rate is None):
-        way = "give --false_alarm_rate, such as 0.05" if ours else "train it with a false_alarm_rate"
-        msg = (
-            f"The model has anomalib's F1 threshold (false_alarm_rate null), which good images alone cannot set: {way}."
-        )
-        raise ValueError(msg)
-    if rate is not None:
-        check("false_alarm_rate", rate)
-        post.false_alarm_rate = rate
-    return post
-
-
-def enough(new: Scores, old: Scores, count: int, post: WTFlowPostProcessor) -> Scores:
-    """Leave out products of several that fewer images show than the rate needs and than the old threshold came from.
-
-    A few images of another product, recognised as this one, would set its threshold.
-
-    Raises:
-        ValueError: If no product is left.
-    """
-    assert post.false_alarm_rate is not None
-    asked = images_needed(post.false_alarm_rate)
-    counts, before = (torch.bincount(scores.product, minlength=count) for scores in (new, old))
-    kept = (counts > 0) & (counts >= (before.clamp(max=asked) if count > 1 else 1))
-    if not kept.any():
-        msg = f"The {len(new.product)} good images are too few of each product: the rate needs {asked} of one."
-        raise ValueError(msg)
-    return Scores(*(values[kept[new.product]] for values in new))
-
-
-def moved(
-    post: WTFlowPostProcessor,
-    name: str,
-    place: int,
-    before: tuple[Tensor, Tensor],
-    old: Scores,
-    new: Scores,
-    anomalous: Mapping[str, float],
-) -> Moved:
-    """Compare a product's new scores with those that its old threshold came from."""
-    mine, theirs = new.scores[new.product == place], old.scores[old.product == place]
-    p_value, higher, alpha = None, False, ALPHA / len(new.product.unique())
-    if len(theirs):
-        test = mannwhitneyu(mine.numpy(), theirs.numpy(), alternative="two-sided")
-        p_value, higher = float(test.pvalue), float(test.statistic) > len(mine) * len(theirs) / 2
-    return Moved(
-        product=name,
-        before=float(before[0][place]),
-        after=float(post.image_threshold[place]),
-        pixel_before=float(before[1][place]),
-        pixel_after=float(post.pixel_threshold[place]),
-        images=len(mine),
-        promised=float(post.effective_false_alarm_rate[place]),
-        p_value=p_value,
-        higher=higher,
-        moved=p_value is not None and p_value < alpha,
-        can_tell=could_tell(len(mine), len(theirs), alpha),
-        anomalous=anomalous,
+    own = new.index == k
+    scores, others = new.score[own].numpy(), old.score[old.index == k].numpy()
+    test = mannwhitneyu(scores, others, alternative="two-sided")
+    return Change(
+        product=model.products[k],
+        before=before[0][k],
+        after=float(post.image_threshold[k]),
+        pixel_before=before[1][k],
+        pixel_after=float(post.pixel_threshold[k]),
+        images=len(scores),
+        promised=float(post.effective_false_alarm_rate[k]),
+        p_value=float(test.pvalue),
+        higher=bool(test.statistic > len(scores) * len(others) / 2),
+        moved=bool(test.pvalue < alpha),
+        can_tell=2 / math.comb(len(scores) + len(others), len(scores)) < alpha,
+        anomalous=by_score(names, new.score, own & (new.score > before[0][k])),
     )
 
 
-def could_tell(new: int, old: int, alpha: float) -> bool:
-    """Whether a two-sided Mann-Whitney U test has p < alpha where all new scores are above seven eighths of the old.
+def by_score(names: Sequence[str], scores: Tensor, chosen: Tensor) -> dict[str, float]:
+    """Return the scores of images of a mask ``(n,)`` by name, the highest first."""
+    order = scores.argsort(descending=True, stable=True)
+    return {names[k]: float(scores[k]) for k in order[chosen[order]].tolist()}
 
-    Where even so much does not show, that nothing shows says nothing. Of 1 to 3 new scores it never does at 0.01; of
-    20 old ones at least 6 new ones do, of 200 at least 4.
-    """
-    if not old:
-        return False
-    below = math.floor((1 - HIGHEST) * old)
-    ranks = below - 0.5 + np.linspace(0.1, 0.2, new)  # no ties, for which scipy has no exact p
-    return bool(mannwhitneyu(ranks, np.arange(old), alternative="two-sided").pvalue < alpha)
+
+def listed(names: Sequence[str] | Mapping[str, float], most: int = 5) -> str:
+    """Name the first images, with their scores if there are any, and how many more there are."""
+    scores = names if isinstance(names, Mapping) else {}
+    texts = [f"'{name}' ({scores[name]:.4g})" if name in scores else f"'{name}'" for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def save(source: Path, target: Path, model: WTFlow) -> None:
-    """Write a checkpoint with other thresholds and rate.
-
-    Raises:
-        RuntimeError: If it cannot be written.
-    """
-    checkpoint = checkpoint_rules.read(source)
-    assert model.post_processor is not None
-    state = model.post_processor.state_dict(prefix="post_processor.")
+    """Write a checkpoint with the model's thresholds and rate, and all else as it was."""
+    checkpoint, post = read_checkpoint(source), model.post_processor
+    assert isinstance(post, WTFlowPostProcessor)
+    state = post.state_dict(prefix="post_processor.")
     checkpoint["state_dict"] |= {name: value.cpu() for name, value in state.items()}
     model.on_save_checkpoint(checkpoint)
-    checkpoint["hyper_parameters"]["false_alarm_rate"] = model.post_processor.false_alarm_rate
-    buffer = BytesIO()
-    torch.save(checkpoint, buffer)
-    way = "make room there, or give --output a path in another folder"
-    with one_sentence_for("The checkpoint", target, way):
-        replace_whole(target, buffer.getbuffer())
+    checkpoint["hyper_parameters"]["false_alarm_rate"] = post.false_alarm_rate
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, target)

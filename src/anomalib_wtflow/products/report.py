@@ -16,19 +16,9 @@ from torchmetrics.functional.classification import binary_auroc, binary_f1_score
 
 from anomalib_wtflow._registration import register_report
 
-FILE_NAME = "products.json"
 THRESHOLDS = 2000
 """Steps of the normalised scores in [0, 1] at which the pixel AUROC of a product is taken."""
-TITLES = {
-    "good": "good",
-    "anomalous": "bad",
-    "recognised": "recognised",
-    "image_AUROC": "AUROC",
-    "image_F1Score": "F1",
-    "false_alarms": "false alarms",
-    "misses": "misses",
-    "pixel_AUROC": "pixel AUROC",
-}
+MEANS = ("recognised", "image_AUROC", "image_F1Score", "pixel_AUROC")
 
 
 @register_report
@@ -44,12 +34,12 @@ class ProductReport(Callback):
         self.rows: list[tuple[str, str, int, float, bool]] = []
         self.pixels: defaultdict[str, BinaryAUROC] = defaultdict(lambda: BinaryAUROC(thresholds=THRESHOLDS))
 
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_test_start(self, *_: Any) -> None:
         """Start anew."""
         self.rows.clear()
         self.pixels.clear()
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(self, _trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Take the verdicts of a batch."""
         true = getattr(outputs, "product", None)
         several = len(getattr(pl_module, "products", ())) > 1
@@ -78,7 +68,7 @@ class ProductReport(Callback):
         for name, value in report["mean"].items():
             # Of all processes already: with rank_zero_only nothing is reduced; sync_dist ends Lightning's advice.
             pl_module.log(f"products_{name}", value, rank_zero_only=True, sync_dist=True)
-        path = Path(trainer.default_root_dir) / FILE_NAME
+        path = Path(trainer.default_root_dir) / "products.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print_report(report)
@@ -103,8 +93,7 @@ def report_of(rows: list[tuple[str, str, int, float, bool]], pixels: dict[str, T
         products[name] = product_metrics(own)
         if pixels and name in pixels:
             products[name]["pixel_AUROC"] = float(pixels[name])
-    names = ("recognised", "image_AUROC", "image_F1Score", "pixel_AUROC")
-    values = {name: [metrics[name] for metrics in products.values() if name in metrics] for name in names}
+    values = {name: [metrics[name] for metrics in products.values() if name in metrics] for name in MEANS}
     mean = {name: sum(each) / len(each) for name, each in values.items() if each}
     return {"products": products, "mean": mean, "confusion": {name: dict(each) for name, each in confusion.items()}}
 
@@ -130,10 +119,11 @@ def print_report(report: dict[str, Any]) -> None:
     """Print the report as a table, and below it which products were taken for another."""
     console = Console(markup=False)
     table = Table("product", title="Products", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in TITLES.values():
-        table.add_column(title, justify="right")
+    columns = ("good", "anomalous", "false_alarms", "misses", *MEANS)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
     for name, metrics in [*report["products"].items(), ("mean", report["mean"])]:
-        values = [metrics.get(column, "") for column in TITLES]
+        values = [metrics.get(column, "") for column in columns]
         table.add_row(name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
     for true, others in report["confusion"].items():

@@ -1,1 +1,6 @@
 """What a user reads after a test or a prediction; importing this registers the reports."""
+
+from anomalib_wtflow.products import report
+from anomalib_wtflow.reporting import metrics, verdicts
+
+__all__ = ["metrics", "report", "verdicts"]

@@ -1,68 +1,88 @@
-"""What a table of verdicts says, in short: numbers, and words for the terminal."""
+"""A file of verdicts, read and summed up: numbers, and sentences for the terminal."""
 
-from dataclasses import asdict, dataclass, field
+import csv
+import heapq
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from anomalib_wtflow.products.recognition import UNKNOWN
 
-HIGHEST = 10
-TITLES = {"pred_score": "score", "pred_label": "verdict", "gt_label": "truth", "product": "product"}
-
-
-@dataclass
-class Summary:
-    """Counts of verdicts, the scores' least, median and greatest, and the highest-scored images' rows."""
-
-    images: int = 0
-    given: int | None = None
-    """Images that there were to judge; None if that is not known."""
-    reason: str = ""
-    """Why those that are left are not judged."""
-    judged: int = 0
-    """Of the images, how many have a verdict: none of a model without thresholds."""
-    good: int = 0
-    anomalous: int = 0
-    unknown: int = 0
-    """Of the anomalous, how many are like no product."""
-    false_alarms: int = 0
-    misses: int = 0
-    truly_good: int = 0
-    truly_anomalous: int = 0
-    scores: list[float] = field(default_factory=list)
-    highest: list[dict[str, Any]] = field(default_factory=list)
-    promises: dict[str, float] = field(default_factory=dict)
-    """By product, what share of good images may be called anomalous at most."""
-    limit: float = 0.5
-    """Score above which an image is anomalous."""
-
-    def plain(self) -> dict[str, Any]:
-        """Return all of it but the rows, which the file has, and the words."""
-        return {name: value for name, value in asdict(self).items() if name not in ("highest", "reason")}
+NUMBERS = {"raw_score", "pred_score", "threshold", "largest_pixel", "outlined"}
+LABELS = ("good", "anomalous")
+MOST_SHOWN = 10
+SHOWN = ("pred_score", "pred_label", "gt_label", "product", "image_path")
 
 
-def sentences(summary: Summary) -> list[str]:
-    """Say what the verdicts are, and of how many images; of good images only, what that does and does not tell."""
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file of verdicts one by one: numbers as numbers, what is not known as None."""
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            yield {name: None if text == "" else float(text) if name in NUMBERS else text for name, text in row.items()}
+
+
+def summary_of(path: Path, promises: Mapping[str, float], limit: float) -> dict[str, Any]:
+    """Count the verdicts in a file.
+
+    Args:
+        path: The file.
+        promises: By product, what share of good images may be called anomalous at most.
+        limit: Score above which an image is anomalous.
+    """
+    pairs: Counter[tuple[str | None, str | None]] = Counter()
+    scores, unknown = [], 0
+    for row in read_rows(path):
+        pairs[row["gt_label"], row["pred_label"]] += 1
+        unknown += row.get("product") == UNKNOWN
+        scores.append(row["pred_score"])
+    good, anomalous = LABELS
+    truths, labels = (Counter(pair[k] for pair in pairs.elements()) for k in (0, 1))
+    return {
+        "images": len(scores),
+        "good": labels[good],
+        "anomalous": labels[anomalous],
+        "unknown": unknown,
+        "false_alarms": pairs[good, anomalous],
+        "misses": pairs[anomalous, good],
+        "truly_good": truths[good],
+        "truly_anomalous": truths[anomalous],
+        "scores": [min(scores), statistics.median(scores), max(scores)] if scores else [],
+        "promises": dict(promises),
+        "limit": limit,
+    }
+
+
+def write_json(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write the rows of a file of verdicts, and their summary, as JSON beside it."""
+    with path.with_suffix(".json").open("w", encoding="utf-8") as file:
+        file.write('{"images": [')
+        for number, row in enumerate(read_rows(path)):
+            file.write(("," if number else "") + "\n" + json.dumps(row, ensure_ascii=False))
+        file.write(f'\n], "summary": {json.dumps(summary, ensure_ascii=False)}}}\n')
+
+
+def sentences(summary: Mapping[str, Any]) -> list[str]:
+    """Describe the verdicts; of good images only, what that does and does not tell."""
     s = summary
-    rest = f"{s.images} of {s.given} images were judged, since {s.reason}: the others have no verdict."
-    left = [rest] if s.images < (s.given or 0) else []
-    if not s.judged:
-        return [f"{s.images} images without verdicts: the model has no threshold.", *left]
-    unknown = f" ({s.unknown} of them like no product)" if s.unknown else ""
-    lines = [f"{s.images} image{'s' * (s.images != 1)}: {s.good} good, {s.anomalous} anomalous{unknown}.", *left]
-    promise = f", at most {max(s.promises.values()):.1%} promised" if s.promises else ""
-    if s.truly_good:
-        lines.append(f"Of {s.truly_good} good ones {s.false_alarms} called anomalous{promise}.")
-    if s.truly_anomalous:
-        lines.append(f"Of {s.truly_anomalous} defective ones {s.misses} called good.")
-    if s.scores:
-        least, median, greatest = s.scores
-        lines.append(f"Scores from {least:.3f} to {greatest:.3f}, median {median:.3f}; above {s.limit:g} is anomalous.")
-    if s.truly_anomalous and not s.truly_good:
+    if not s["good"] + s["anomalous"]:
+        return [f"{s['images']} images without verdicts: the model has no threshold."]
+    unknown = f" ({s['unknown']} of them like no product)" if s["unknown"] else ""
+    least, median, greatest = s["scores"]
+    lines = [
+        f"{s['images']} image{'s' * (s['images'] != 1)}: {s['good']} good, {s['anomalous']} anomalous{unknown}.",
+        f"Scores from {least:.3f} to {greatest:.3f}, median {median:.3f}; above {s['limit']:g} is anomalous.",
+    ]
+    if s["truly_good"]:
+        promise = f", at most {max(s['promises'].values()):.1%} promised" if s["promises"] else ""
+        lines.append(f"Of {s['truly_good']} good ones {s['false_alarms']} called anomalous{promise}.")
+    if s["truly_anomalous"]:
+        lines.append(f"Of {s['truly_anomalous']} defective ones {s['misses']} called good.")
+    if s["truly_anomalous"] and not s["truly_good"]:
         lines.append("There are no good images, so AUROC, F1 and false alarms cannot be measured: give some.")
-    if s.truly_good and not s.truly_anomalous:
+    if s["truly_good"] and not s["truly_anomalous"]:
         lines.append(
             "There are no defective images, so AUROC and F1 cannot be measured: give some, even a handful, to see what "
             "is found. To set the threshold with these or other good images: anomalib-wtflow calibrate."
@@ -70,26 +90,9 @@ def sentences(summary: Summary) -> list[str]:
     return lines
 
 
-def show(summary: Summary, path: Path, console: Console | None = None) -> None:
-    """Print the sentences, the highest scores and where the files are; in plain lines where that is no terminal."""
-    console = console or Console(highlight=False, markup=False, emoji=False)
-    files = f"Every verdict: {path} and {path.with_suffix('.json').name}"
-    names = [name for name in TITLES if any(row.get(name) for row in summary.highest)]
-    if not console.is_terminal:
-        rows = ["  ".join(text(row.get(name)) for name in (*names, "image_path")) for row in summary.highest]
-        head = f"Highest scores ({', '.join([*(TITLES[name] for name in names), 'image'])}):"
-        console.file.write("\n".join([*sentences(summary), head, *rows, files]) + "\n")
-        return
-    console.print("\n".join(sentences(summary)))
-    table = Table(*(TITLES[name] for name in names), title="Highest scores", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("image", overflow="fold")
-    for row in summary.highest:
-        table.add_row(*(text(row.get(name)) for name in names), row["image_path"])
-    if summary.highest:
-        console.print(table)
-    console.print(files, soft_wrap=True)
-
-
-def text(value: Any) -> str:
-    """Write a value of a row."""
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+def highest(path: Path) -> list[str]:
+    """List the images of a file with the highest scores, below a head; nothing if there are none."""
+    rows = heapq.nlargest(MOST_SHOWN, read_rows(path), key=lambda row: row["pred_score"])
+    names = [name for name in SHOWN if any(row.get(name) for row in rows)]
+    lines = ["  ".join([f"{row['pred_score']:.4f}", *(row[name] or "" for name in names[1:])]) for row in rows]
+    return [f"Highest scores ({', '.join(names)}):", *lines] if rows else []
