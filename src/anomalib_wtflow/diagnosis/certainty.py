@@ -10,19 +10,13 @@ from scipy.stats import betabinom, binomtest, norm
 Interval = tuple[float, float]
 LEVEL = 0.95
 RESAMPLES = 2000
-TINY = 1e-9
 
 
 def auroc_interval(auroc: float, normal: int, anomalous: int) -> Interval:
-    """Where ``|t - auroc| <= z sqrt(V(t))``, which has a width at 0 and 1 too.
+    """``|t - auroc| <= z sqrt(V(t))`` for m normal and n anomalous images, which has a width at 0 and 1 too.
 
     ``V(t) = t (1 - t) (1 + (N - 1) ((1 - t) / (2 - t) + t / (1 + t))) / (m n)`` with ``N = (m + n) / 2`` (Hanley and
     McNeil, Radiology 143, 1982, as Newcombe has it in his method 5, Statistics in Medicine 25, 2006).
-
-    Args:
-        auroc: What was measured.
-        normal: Number m of good images.
-        anomalous: Number n of defective images.
     """
     z = norm.ppf((1 + LEVEL) / 2)
 
@@ -30,16 +24,13 @@ def auroc_interval(auroc: float, normal: int, anomalous: int) -> Interval:
         further = ((normal + anomalous) / 2 - 1) * ((1 - t) / (2 - t) + t / (1 + t))
         return (t - auroc) ** 2 - z * z * t * (1 - t) * (1 + further) / (normal * anomalous)
 
-    low = brentq(excess, 0, auroc - TINY) if auroc > TINY else 0.0
-    high = brentq(excess, auroc + TINY, 1) if auroc < 1 - TINY else 1.0
+    low = brentq(excess, 0, auroc - 1e-9) if auroc > 1e-9 else 0.0
+    high = brentq(excess, auroc + 1e-9, 1) if auroc < 1 - 1e-9 else 1.0
     return float(low), float(high)
 
 
 def mean_interval(values: Sequence[float], intervals: Sequence[Interval]) -> Interval:
-    """Of the mean of independent values: ``mean ± sqrt(sum (value - end)^2) / K`` (Zou and Donner, 2008).
-
-    Zou and Donner, Statistics in Medicine 27, 2008: each side from the sides of the K intervals.
-    """
+    """``mean ± sqrt(sum (value - end)^2) / K``, by side (Zou and Donner, Statistics in Medicine 27, 2008)."""
     count, mean = len(values), sum(values) / len(values)
     below = math.hypot(*(value - low for value, (low, _) in zip(values, intervals, strict=True)))
     above = math.hypot(*(high - value for value, (_, high) in zip(values, intervals, strict=True)))
@@ -55,9 +46,7 @@ def share_interval(count: int, total: int) -> Interval:
 def difference_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> Interval:
     """Of the mean difference of two AUROCs on the same images, by 2000 resamples of the images of each kind.
 
-    Args:
-        pairs: For each product, what :func:`placements` gives of either score: ``(m, n)`` each.
-        seed: Seed of the resamples.
+    The pairs are what :func:`placements` gives of either score, ``(m, n)`` each, for each product.
     """
     rng = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES)

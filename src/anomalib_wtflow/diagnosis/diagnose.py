@@ -12,7 +12,7 @@ from tqdm import tqdm
 from anomalib_wtflow.diagnosis.flow_numbers import field_numbers, flow_numbers
 from anomalib_wtflow.diagnosis.gallery import entries, gallery_rows
 from anomalib_wtflow.diagnosis.page import write_page
-from anomalib_wtflow.diagnosis.scores import all_numbers, rows_of
+from anomalib_wtflow.diagnosis.scores import all_numbers, by_product
 from anomalib_wtflow.diagnosis.scoring import informative_first, score_image, spread
 from anomalib_wtflow.diagnosis.without_flow import fit_plain, training_features, without_flow
 from anomalib_wtflow.operation.checkpoint import load_model, to_device
@@ -20,7 +20,6 @@ from anomalib_wtflow.operation.data import data_sets
 
 TRAINING_IMAGES = 512
 """Of which features are taken, for the comparisons."""
-TITLE = "Can this model be trusted on these parts?"
 
 
 def diagnose(
@@ -62,7 +61,7 @@ def diagnose(
     seed_everything(seed, verbose=False)
 
     tested = show(range(len(test_data)), "Scoring the test images")
-    images = informative_first([score_image(model, test_data[k]) for k in tested], rows_of(model, "image_threshold"))
+    images = informative_first([score_image(model, test_data[k]) for k in tested], by_product(model, "image_threshold"))
     fields: dict[str, nn.Module] = {model.settings.coupling: model.model.field}
     training = None
     if train_data is not None:
@@ -81,4 +80,4 @@ def diagnose(
         "field": field_numbers(model, fields, next(iter(followed.values()))),
     }
     rows = zip(images, show(numbers["images"], "Drawing the images"), strict=True)
-    return write_page(output, numbers, list(entries(model, rows)), TITLE)
+    return write_page(output, numbers, list(entries(model, rows)))

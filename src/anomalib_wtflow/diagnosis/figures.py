@@ -3,10 +3,8 @@
 Okabe and Ito's colours, line styles and markers are for print and for the colour-blind.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
@@ -18,7 +16,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "anomalous": (ORANGE, "--", "^"),
     "unlabelled": (GREY, "-.", "s"),
 }
-SHOWN = {"normal": "good", "anomalous": "defective", "unlabelled": "unlabelled"}
+KIND_NAMES = {"normal": "good", "anomalous": "defective", "unlabelled": "unlabelled"}
 """Kinds as inspectors call them."""
 
 
@@ -33,41 +31,24 @@ def name_of(coupling: str) -> str:
     return "independent (plain rFM)" if coupling == "independent" else coupling
 
 
-def _bands(axes: Axes, x: Sequence[float], rows: dict[str, Any], key: str) -> None:
-    """Draw each kind's median, and its 5 % and 95 % quantiles around it."""
-    for kind, row in rows.items():
-        color, style, _ = KINDS[kind]
-        axes.plot(x, row[key]["median"], color=color, linestyle=style, linewidth=2, label=kind)
-        axes.fill_between(x, row[key]["low"], row[key]["high"], color=color, alpha=0.15, linewidth=0)
+def along_the_flow(flow: dict[str, Any], key: str, label: str, level: float) -> Figure:
+    """Median, and 5 % to 95 % of the positions, along the flow as it is scored and along the ODE of each field.
 
-
-def radius_along_the_flow(flow: dict[str, Any]) -> Figure:
-    """Radius over time: as scored, and along the ODE of each field; median, and 5 % to 95 % of the positions."""
-    count = 1 + len(flow["ode"])
-    figure, axes = new_figure(1, count, 3.6 * count, 3.4, sharey=True)
-    titles = ["as scored: $x_0$ to $y$", *(f"ODE, {name_of(coupling)}" for coupling in flow["ode"])]
-    for panel, title, rows in zip(axes, titles, [flow["scored"], *flow["ode"].values()], strict=True):
-        _bands(panel, flow["times"], rows, "radius")
-        panel.axhline(1, color=GREY, linewidth=0.8, linestyle=(0, (1, 3)))
-        panel.set(title=title, xlabel="time $t$")
-        panel.set_ylim(bottom=0)
-    axes[0].set(xlabel="share of the way", ylabel=r"radius $\|x\|/\sqrt{C}$")
-    axes[0].legend(frameon=False)
-    return figure
-
-
-def centripetal(flow: dict[str, Any]) -> Figure:
-    """Centripetal component of each field along its ODE."""
-    ode = flow["ode"]
-    figure, axes = new_figure(1, len(ode), 4.2 * len(ode), 3.4, sharey=True, squeeze=False)
-    for panel, (coupling, rows) in zip(axes[0], ode.items(), strict=True):
-        _bands(panel, flow["times"], rows, "centripetal")
-        panel.axhline(0, color=GREY, linewidth=0.8)
-        panel.set(title=name_of(coupling), xlabel="time $t$")
-        panel.legend(frameon=False)
-    axes[0, 0].set_ylabel(r"$\langle v, x\rangle / \|x\|^2$" + "\n(below 0: towards the centre)")
-    medians = [value for rows in ode.values() for row in rows.values() for value in row["centripetal"]["median"]]
-    axes[0, 0].set_ylim(min(-2.2, 1.2 * min(medians)), max(1.0, 1.2 * max(medians)))
+    ``key`` names what is drawn of the numbers, and ``level`` is where a thin line lies.
+    """
+    panels = {f"ODE, {name_of(coupling)}": rows for coupling, rows in flow["ode"].items()}
+    if key in next(iter(flow["scored"].values())):
+        panels = {"as scored: $x_0$ to $y$": flow["scored"], **panels}
+    figure, axes = new_figure(1, len(panels), 3.6 * len(panels), 3.4, sharey=True, squeeze=False)
+    for panel, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for kind, row in rows.items():
+            color, style, _ = KINDS[kind]
+            panel.plot(flow["times"], row[key]["median"], color=color, linestyle=style, linewidth=2, label=kind)
+            panel.fill_between(flow["times"], row[key]["low"], row[key]["high"], color=color, alpha=0.15, linewidth=0)
+        panel.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (1, 3)))
+        panel.set(title=title, xlabel="share of the way")
+    axes[0, 0].set_ylabel(label)
+    axes[0, 0].legend(frameon=False)
     return figure
 
 
@@ -95,7 +76,7 @@ def histogram(scores: dict[str, Any], level: str, unit: str = "") -> Figure:
     for kind, (color, style, _) in KINDS.items():
         if kind in bars:
             shape = bars[kind], bars["edges"]
-            axes.stairs(*shape, color=color, linestyle=style, linewidth=1.6, label=SHOWN[kind])
+            axes.stairs(*shape, color=color, linestyle=style, linewidth=1.6, label=KIND_NAMES[kind])
             axes.stairs(*shape, color=color, fill=True, alpha=0.2)
     if threshold is not None:
         axes.axvline(threshold, color="black", linewidth=1.2, label="threshold")

@@ -46,14 +46,10 @@ def flow_numbers(model: WTFlow, fields: Fields, followed: Mapping[str, Sequence[
     """Radius and centripetal component along the flow, by kind of position.
 
     Along the flow as it is scored, ``x0 + t (y - x0)``; and along the learnt ODE from ``x(0) = x0``, for each field.
-
-    Args:
-        model: The trained model.
-        fields: Fields by coupling.
-        followed: Images of each kind.
+    ``followed`` are images of each kind.
     """
     times = TIMES.tolist()
-    result: dict[str, Any] = {"times": times, "trained_coupling": model.settings.coupling, "positions": {}}
+    result: dict[str, Any] = {"times": times, "positions": {}}
     result |= {"scored": {}, "ode": {name: {} for name in fields}}
     for kind, images in followed.items():
         x0, embedding = _stacked(model, images)

@@ -3,14 +3,14 @@
 import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
-from anomalib_wtflow.diagnosis.scores import rows_of
+from anomalib_wtflow.diagnosis.scores import by_product
 from anomalib_wtflow.diagnosis.scoring import ScoredImage
 from anomalib_wtflow.lightning_model import WTFlow
 
@@ -23,17 +23,9 @@ CALLED, MARKED = (255, 255, 255), (0, 230, 118)
 """Colours of the outlines: what the model marks, and what the mask of the data says."""
 
 
-class Entry(NamedTuple):
-    """An image of the gallery: what the JSON says of it, and the image and its map as addresses of an ``img``."""
-
-    row: dict[str, Any]
-    picture: str
-    heat: str
-
-
 def gallery_rows(model: WTFlow, images: Sequence[ScoredImage]) -> list[dict[str, Any]]:
     """Say what the model made of each image, for the JSON."""
-    thresholds = rows_of(model, "image_threshold")
+    thresholds = by_product(model, "image_threshold")
     return [
         {
             "file": "/".join(image.path.replace("\\", "/").split("/")[-2:]),
@@ -48,16 +40,12 @@ def gallery_rows(model: WTFlow, images: Sequence[ScoredImage]) -> list[dict[str,
     ]
 
 
-def entries(model: WTFlow, rows: Iterable[tuple[ScoredImage, dict[str, Any]]]) -> Iterator[Entry]:
-    """Draw images in order, until they take what a page can bear.
+def entries(model: WTFlow, rows: Iterable[tuple[ScoredImage, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Add ``picture`` and ``heat`` to images' :func:`gallery_rows`, in order, until they take what a page can bear.
 
     Maps are on a scale that ends at twice the pixel threshold of the product; without one, at the map's own maximum.
-
-    Args:
-        model: The trained model.
-        rows: Images and their :func:`gallery_rows`.
     """
-    used, thresholds = 0, rows_of(model, "pixel_threshold")
+    used, thresholds = 0, by_product(model, "pixel_threshold")
     for image, row in rows:
         with Image.open(image.path) as opened:
             opened.draft("RGB", (SIDE, SIDE))
@@ -66,11 +54,12 @@ def entries(model: WTFlow, rows: Iterable[tuple[ScoredImage, dict[str, Any]]]) -
         if max(picture.size) < SIDE // 2:
             scale = SIDE // 2 / max(picture.size)
             picture = picture.resize([max(1, round(scale * side)) for side in picture.size])
-        entry = Entry(row, _address(picture), _address(heat_map(image, picture, thresholds[image.product])))
-        used += len(entry.picture) + len(entry.heat)
+        drawn = {"picture": picture, "heat": heat_map(image, picture, thresholds[image.product])}
+        addresses = {name: _address(each) for name, each in drawn.items()}
+        used += sum(map(len, addresses.values()))
         if used > CHARACTERS:
             return
-        yield entry
+        yield row | addresses
 
 
 def heat_map(image: ScoredImage, picture: Image.Image, threshold: float | None) -> Image.Image:
@@ -83,11 +72,11 @@ def heat_map(image: ScoredImage, picture: Image.Image, threshold: float | None) 
     drawn = (0.8 * heat + 0.2 * grey).astype(np.uint8)
     for mask, color in ((image.mask, MARKED), (image.called_mask, CALLED)):
         if mask is not None:
-            drawn[_outline(mask.numpy(), picture.size)] = color
+            drawn[_edge(mask.numpy(), picture.size)] = color
     return Image.fromarray(drawn)
 
 
-def _outline(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _edge(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Three pixels along the inside of a mask's edge, and of the picture's where the mask reaches it."""
     inside = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)).astype(bool)
     return inside & ~binary_erosion(inside, iterations=3)

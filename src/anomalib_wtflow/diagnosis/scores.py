@@ -18,15 +18,11 @@ from anomalib_wtflow.diagnosis.certainty import (
     placements,
     share_interval,
 )
-from anomalib_wtflow.diagnosis.scoring import WRONG, ScoredImage
+from anomalib_wtflow.diagnosis.scoring import WRONG, Numbers, ScoredImage
 from anomalib_wtflow.lightning_model import WTFlow
 
-Numbers = dict[str, Any]
-Controls = Mapping[str, Sequence[ScoredImage]]
-"""By name, simplest first: the same images with the scores and maps of a control without a flow."""
 
-
-def rows_of(model: WTFlow, name: str) -> list[float | None]:
+def by_product(model: WTFlow, name: str) -> list[float | None]:
     """Return what the post-processor holds for each product; None where it has nothing."""
     count = len(model.products)
     values = getattr(model.post_processor, name, None)
@@ -34,16 +30,17 @@ def rows_of(model: WTFlow, name: str) -> list[float | None]:
     return [None if math.isnan(value) else value for value in rows]
 
 
-def all_numbers(model: WTFlow, images: Sequence[ScoredImage], controls: Controls) -> Numbers:
+def all_numbers(model: WTFlow, images: Sequence[ScoredImage], controls: Mapping[str, Sequence[ScoredImage]]) -> Numbers:
     """Numbers of all scores and, of several products, those of each.
 
     Scores of several products are comparable in units of their own thresholds; AUROCs of all are the products' mean.
+    ``controls`` are the same images with the scores and maps of controls without a flow, simplest first.
     """
-    thresholds = list(zip(rows_of(model, "image_threshold"), rows_of(model, "pixel_threshold"), strict=True))
-    rates, counts = rows_of(model, "promised_false_alarm_rate"), rows_of(model, "calibration_images")
+    thresholds = list(zip(by_product(model, "image_threshold"), by_product(model, "pixel_threshold"), strict=True))
+    rates, counts = by_product(model, "promised_false_alarm_rate"), by_product(model, "calibration_images")
     products: dict[str, Numbers] = {}
     for k, name in enumerate(model.products):
-        group = _of_product(images, k)
+        group = [image for image in images if image.product == k]
         if group:
             row = {
                 **score_numbers(group, thresholds[k]),
@@ -51,7 +48,10 @@ def all_numbers(model: WTFlow, images: Sequence[ScoredImage], controls: Controls
                 "promised_rate": rates[k],
                 "calibration_images": counts[k] or None,
                 "unknown": sum(image.recognised != name for image in group),
-                "controls": {control: separation(_of_product(scored, k)) for control, scored in controls.items()},
+                "controls": {
+                    control: separation([image for image in scored if image.product == k])
+                    for control, scored in controls.items()
+                },
             }
             products[name] = row | joined([row])
     rows = list(products.values())
@@ -65,10 +65,6 @@ def all_numbers(model: WTFlow, images: Sequence[ScoredImage], controls: Controls
     ]
     whole = score_numbers(scaled, [None if value is None else 1.0 for value in thresholds[0]])
     return {"scores": whole | _means(rows) | joined(rows), "products": products}
-
-
-def _of_product(images: Sequence[ScoredImage], k: int) -> list[ScoredImage]:
-    return [image for image in images if image.product == k]
 
 
 def _means(rows: Sequence[Numbers]) -> Numbers:

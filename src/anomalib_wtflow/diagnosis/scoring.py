@@ -12,7 +12,8 @@ from torch import Tensor
 from anomalib_wtflow.images import raise_for_broken, raise_for_deep
 from anomalib_wtflow.lightning_model import WTFlow
 
-TINY = 1e-9
+Numbers = dict[str, Any]
+"""What the JSON of a diagnosis holds."""
 WRONG = ("missed", "false alarm")
 VERDICTS = (*WRONG, "found", "passed", "called anomalous", "called good", "no threshold")
 """Verdicts on images; of labelled ones, of unlabelled ones, and where there is no threshold."""
@@ -63,8 +64,7 @@ class ScoredImage(NamedTuple):
 
 def transformed(model: WTFlow, item: Any) -> tuple[Tensor, Tensor | None]:
     """Return the image and the mask of a data set's item as the model sees them."""
-    pre_processor: Any = model.pre_processor
-    transform = pre_processor.transform
+    transform: Any = model.pre_processor.transform  # type: ignore[union-attr]
     return (transform(item.image), None) if item.gt_mask is None else transform(item.image, item.gt_mask)
 
 
@@ -112,11 +112,7 @@ def spread(items: Sequence, count: int) -> list:
 def informative_first(images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> list[ScoredImage]:
     """Wrong verdicts first, the worst of each product and kind in turn; then the others, the closest calls in turn.
 
-    Defective before good ones. Where there is no truth or no threshold, the highest scores come first.
-
-    Args:
-        images: The images.
-        thresholds: Of each product.
+    Defective before good ones. Where there is no truth or no threshold of a product, the highest scores come first.
     """
 
     def doubt(image: ScoredImage) -> float:
@@ -124,7 +120,7 @@ def informative_first(images: Sequence[ScoredImage], thresholds: Sequence[float 
         threshold = thresholds[image.product]
         if threshold is None or image.anomalous is None:
             return -image.score
-        distance = abs(math.log(max(image.score, TINY) / max(threshold, TINY)))
+        distance = abs(math.log(max(image.score, 1e-9) / max(threshold, 1e-9)))
         return -distance if image.verdict in WRONG else distance
 
     ranks: Counter = Counter()

@@ -1,12 +1,12 @@
 """The answer of the first screen, in words: rules on the numbers in a diagnosis's JSON, and on nothing else."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from anomalib_wtflow.conformal import images_needed
-from anomalib_wtflow.diagnosis.figures import SHOWN
+from anomalib_wtflow.diagnosis.figures import KIND_NAMES
+from anomalib_wtflow.diagnosis.scoring import Numbers
 
-Numbers = dict[str, Any]
 LEVELS = ("Yes", "With care", "Not known", "No")
 """How answers begin, mildest first."""
 
@@ -149,7 +149,7 @@ def advice(scores: Numbers) -> list[str]:
             f"Give the threshold {needed - given} more good images (add some, or raise calibration_ratio): a promise "
             f"of {percent(asked)} needs {needed}, and it has {given}."
         )
-    missing = [SHOWN[kind] for kind in ("normal", "anomalous") if not images.get(kind)]
+    missing = [KIND_NAMES[kind] for kind in ("normal", "anomalous") if not images.get(kind)]
     if missing:
         found.append(f"Test on parts known to be {' and on ones known to be '.join(missing)}: nothing else tells.")
     if scores["misses"]:

@@ -13,7 +13,7 @@ from anomalib_wtflow.flow.regression import FieldTraining, fit_field
 from anomalib_wtflow.flow.rows import allocate
 from anomalib_wtflow.lightning_model import WTFlow
 
-BATCH = 16
+IMAGES_AT_ONCE = 16
 UNWHITENED = "features normalised as the model's"
 WHITENED = "whitened features"
 POSITION_MEANS = "whitened features less the mean of their position"
@@ -34,9 +34,9 @@ def training_features(model: WTFlow, items: Iterable[Any]) -> Training:
     return torch.cat(features), torch.cat(indices)
 
 
-def batches(features: Tensor, index: Tensor) -> Iterator[Training]:
+def in_batches(features: Tensor, index: Tensor) -> Iterator[Training]:
     """Split features and indices into batches."""
-    return zip(features.split(BATCH), index.split(BATCH), strict=True)
+    return zip(features.split(IMAGES_AT_ONCE), index.split(IMAGES_AT_ONCE), strict=True)
 
 
 @torch.no_grad()
@@ -47,15 +47,7 @@ def without_flow(
 
     Features normalised as the model's; whitened; and whitened less the mean of the training images at each position,
     of each product by itself. The background level is fitted to the training images, as the model's own is. Without
-    training images of each product there is only the first.
-
-    Args:
-        model: The trained model.
-        images: The test images.
-        training: Features of good training images; None if there are none.
-
-    Yields:
-        Name of the control, and the test images with its scores and maps.
+    training images of each product there is only the first. Yields the names, and the images with the new scores.
     """
     size, device = images[0].anomaly_map.shape, model.device
     tested = torch.stack([image.features for image in images]), torch.tensor([image.product for image in images])
@@ -67,16 +59,11 @@ def without_flow(
         generator = model.model.build_anomaly_map_generator().to(device)
         allocate(generator, len(model.products))
         if training is not None:
-            generator.fit(torch.cat([log_density(*batch) for batch in batches(*training)]), size, training[1])
-        parts = [generator(log_density(*batch), size, batch[1].to(device)) for batch in batches(*tested)]
+            generator.fit(torch.cat([log_density(*batch) for batch in in_batches(*training)]), size, training[1])
+        parts = [generator(log_density(*batch), size, batch[1].to(device)) for batch in in_batches(*tested)]
         maps, scores = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
-        yield (
-            name,
-            [
-                image._replace(score=score, anomaly_map=anomaly_map[0])
-                for image, score, anomaly_map in zip(images, scores.tolist(), maps, strict=True)
-            ],
-        )
+        pairs = zip(images, scores.tolist(), maps[:, 0], strict=True)
+        yield name, [image._replace(score=score, anomaly_map=anomaly_map) for image, score, anomaly_map in pairs]
 
 
 def controls(model: WTFlow, training: Training | None) -> dict[str, Ends]:
@@ -87,7 +74,7 @@ def controls(model: WTFlow, training: Training | None) -> dict[str, Ends]:
     features, index = training
     whitening = Whitening(features.shape[1])
     allocate(whitening, len(model.products))
-    whitening.fit(batches(features, index))
+    whitening.fit(in_batches(features, index))
     whitening.to(model.device)
     # Whitening is affine: the mean of the whitened features is the mean, whitened.
     average = torch.stack([features[index == k].mean(dim=0) for k in range(len(model.products))]).to(model.device)
@@ -103,7 +90,7 @@ def fit_plain(model: WTFlow, training: Training, progress: Callable[[Iterable[in
     """Train a field with independent coupling, as the model's was, on features of training images: plain rFM."""
     part, plan = model.model, plan_of(model.settings)
     with torch.no_grad():
-        x0 = [part.normalization(f.to(model.device), k.to(model.device)).cpu() for f, k in batches(*training)]
+        x0 = [part.normalization(f.to(model.device), k.to(model.device)).cpu() for f, k in in_batches(*training)]
     field, embedding = part.build_field().to(model.device), part.class_embeddings.cpu()[training[1]]
     fit_field(FieldTraining(field, torch.cat(x0), part.path, "independent", plan, part.sampling, embedding), progress)
     return field
