@@ -1,188 +1,176 @@
 """Exports: what anomalib's leave to a model."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import signature
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.deploy import CompressionType
+from anomalib.deploy import CompressionType, ExportType
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
-from anomalib_wtflow.deploy.quantization import count_convolutions, fitting, keep_precise, quantize
-from anomalib_wtflow.deploy.thresholds import NAMES, GraphThresholds, placed
+from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
+from anomalib_wtflow.deploy.thresholds import placed, score_images, set_thresholds
 from anomalib_wtflow.errors import WTFlowError
-from anomalib_wtflow.flow.solver import not_exportable
+from anomalib_wtflow.images import mark_of
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.settings import Settings
 from anomalib_wtflow.torch_model import broken_tensors
 
-OPSET = 18
 RANGE_IMAGES = 128
 """Training images that set the ranges of a quantised export."""
 CALIBRATED = (CompressionType.INT8, CompressionType.INT8_PTQ)
 """Compressions whose thresholds are set again; INT8_ACQ looks at labels while it quantises, under those of f32."""
 
 
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Let no parameter need a gradient for a while."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 class Exports:
     """Mixin before anomalib's ``ExportMixin``, whose methods are the only way into its exports.
 
-    It refuses adaptive solvers, keeps the backbone's stem in f32 whatever precision a runtime chooses, quantises the
-    backbone behind its stem only, with training images, and sets the thresholds of a quantised graph through it. What
-    an export is and promises, it says in its metadata (:mod:`anomalib_wtflow.deploy.metadata`).
+    It keeps the backbone's stem in f32 whatever precision a runtime chooses, quantises the
+    backbone behind its stem only, with training images, and sets the thresholds of a quantised graph through it. The
+    metadata say what an export is and promises (:mod:`anomalib_wtflow.deploy.metadata`). Each export raises a
+    ``WTFlowError`` if a weight or threshold is not finite.
     """
 
     model: Any
-    settings: Settings
     post_processor: Any
     products: Sequence[str]
-    _thresholds_of: tuple[Any, ...] = ()
-    """Post-processor with the thresholds of the graph that is being written; in a tuple, not a part of the model."""
+    marks: Mapping[str, Tensor]
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does, with weights that need no gradient: ``TorchInferencer`` runs them as they are.
-
-        Raises:
-            ValueError: If the solver is adaptive, and so does not export, or a weight or threshold is not finite.
-            RuntimeError: If the root folder takes no file of that size.
-        """
-        self._check_exportable()
+        """Export as anomalib does, with weights that need no gradient: ``TorchInferencer`` runs them as they are."""
+        self._raise_for_no_export()
         parent: Any = super()
-        with frozen(self):  # type: ignore[arg-type]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            self.model.requires_grad_(False)
             return parent.to_torch(*args, **kwargs)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
-        """Export as anomalib does, to ONNX and, on the way, to OpenVINO.
-
-        Raises:
-            ValueError: If the solver is adaptive, and so does not export, or a weight or threshold is not finite.
-            RuntimeError: If the root folder takes no file of that size.
-        """
-        self._check_exportable()
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does, to ONNX and, on the way, to OpenVINO."""
+        self._raise_for_no_export()
         # anomalib asks for 14, to which torch's exporter, which writes 18, fails to convert, with a traceback.
         parent: Any = super()
-        path = parent.to_onnx(*args, **{"opset_version": OPSET, "verbose": False, **kwargs})
+        path = parent.to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
         write_onnx(path, describe(self, self.post_processor, "FP32", promised=True))
         return path
 
-    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        **kwargs: Any,
+    ) -> Path:
         """Export as anomalib does; whatever precision the runtime chooses, the backbone's stem stays in f32.
 
         INT8 and INT8_PTQ move the scores, so their thresholds are set again through the quantised graph, with the
-        calibration images of the data module.
+        images of the data module that the model's thresholds come from.
 
         Raises:
-            ValueError: If the solver is adaptive, and so does not export, a weight or threshold is not finite, INT8_PTQ
-                is given no data module, or images that a fixed ``input_size`` does not fit.
-            RuntimeError: If the root folder takes no file of that size.
+            WTFlowError: If the data module lacks images that the thresholds come from.
         """
+        self._raise_for_no_export()
         parent: Any = super()
-        given = signature(parent.to_openvino).bind(*args, **kwargs).arguments
-        compression, data = given.get("compression_type"), given.get("datamodule")
-        self._thresholds_of = (copy.deepcopy(self.post_processor),)
-        try:
-            with placed(self.post_processor) if self._calibrates(compression) else nullcontext():
-                path = parent.to_openvino(*args, **kwargs)
-            promised = compression in (None, CompressionType.FP16) or (
-                self._calibrates(compression) and data is not None
-            )
-            precision = "FP32" if compression is None else CompressionType(compression).name
-            write_openvino(path, describe(self, *self._thresholds_of, precision, promised))
-            keep_precise(path, count_convolutions(self.model.feature_extractor))
-        finally:
-            self._thresholds_of = ()
+        post, promised = self.post_processor, compression_type in (None, CompressionType.FP16)
+        if compression_type in CALIBRATED and datamodule is not None:
+            path = create_export_root(export_root, ExportType.OPENVINO) / f"{model_file_name}.xml"
+            post, promised = self._write_quantized(path, compression_type, datamodule, input_size, **kwargs)
+        else:
+            path = parent.to_openvino(export_root, model_file_name, input_size, compression_type, datamodule, **kwargs)
+        precision = "FP32" if compression_type is None else CompressionType(compression_type).name
+        if not promised:
+            rank_zero_warn(f"{precision} moves the scores, and the thresholds stay as they were: give it --data.")
+        write_openvino(path, describe(self, post, precision, promised))
+        keep_precise(path, count_convolutions(self.model.feature_extractor))
         return path
 
-    def _compress_ov_model(
-        self, model: Any, compression_type: Any = None, datamodule: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Compress as anomalib does, and set the thresholds through the compressed graph."""
-        parent: Any = super()
-        result = parent._compress_ov_model(model, compression_type, datamodule, *args, **kwargs)
-        (post,) = self._thresholds_of or (None,)
-        if post is None or not self._calibrates(compression_type):
-            return result
-        thresholds = GraphThresholds(result, len(self.products))
-        if datamodule is None:
-            rank_zero_warn(
-                f"{compression_type.name} moves the scores, and the thresholds were set before it: give the export the "
-                "training's data module (--data) to have them set again."
-            )
-        else:
-            data = self._chosen(datamodule).data
-            self._raise_for_others(data, post)
-            images = fitting(model, (data[index].image[None].numpy() for index in range(len(data))))
-            scores = thresholds.scores(images)
-            post.calibrate(*scores, count=len(self.products))
-        for name in NAMES:
-            thresholds.set(name, post.get_buffer(name))
-        return result
+    def _write_quantized(
+        self,
+        path: Path,
+        compression: CompressionType,
+        datamodule: AnomalibDataModule,
+        input_size: tuple[int, int] | None,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> tuple[Any, bool]:
+        """Write a quantised graph; return the post-processor with its thresholds, and whether they are set again."""
+        import nncf
+        import openvino
 
-    def _post_training_quantization_ov(self, model: Any, datamodule: AnomalibDataModule | None = None) -> Any:
-        """Quantise as anomalib does for INT8_PTQ, but the backbone behind its stem only, and with the training images.
-
-        anomalib takes the validation images, which are often the test set. Those that the threshold comes from are not
-        among them.
-        """
-        if datamodule is None:
-            msg = "INT8_PTQ sets its ranges with training images: give the export a data module (--data)."
-            raise ValueError(msg)
-        kept = self._chosen(datamodule).kept
-        data: Any = datamodule.train_data
-        places = list(range(len(data))) if kept is None else kept
-        step = max(1.0, len(places) / RANGE_IMAGES)
-        chosen = [places[int(k * step)] for k in range(min(RANGE_IMAGES, len(places)))]
-        images = list(fitting(model, (data[place].image[None].numpy() for place in chosen)))
-        return quantize(model, images, count_convolutions(self.model.feature_extractor))
-
-    def _calibrates(self, compression: Any) -> bool:
-        """Whether thresholds are set again: of quantised graphs, whose scores are normalised around a threshold."""
-        post = self.post_processor
-        plain = getattr(post, "enable_normalization", False) and getattr(post, "enable_thresholding", False)
-        plain = plain and post.image_sensitivity == post.pixel_sensitivity == 0.5
-        return compression in CALIBRATED and plain and getattr(post, "false_alarm_rate", None) is not None
-
-    def _raise_for_others(self, data: Any, post: Any) -> None:
-        """Refuse images that the model's thresholds do not come from: by their scores in f32."""
-        ours = score_images(self, data).scores.sort().values
-        theirs = post.calibration_scores.cpu().sort().values
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
-            msg = (
-                f"The thresholds come from {len(theirs)} other images than the {len(ours)} that this data has for them,"
-                " so the rate of a quantised export is not known: give --data as in the training, with its seed, or "
-                "export a model whose thresholds were moved in FP32 or FP16."
-            )
-            raise ValueError(msg)
-
-    def _chosen(self, datamodule: AnomalibDataModule) -> Any:
-        """Find the images that the threshold of a training with this data comes from."""
         datamodule.setup("fit")
-        return choose(datamodule, self.settings.calibration_ratio)
+        post, marks, count = copy.deepcopy(self.post_processor), self.marks["calibration"], len(self.products)
+        with TemporaryDirectory() as folder:
+            with placed(self.post_processor) if self._sets_thresholds else nullcontext():
+                onnx = self.to_onnx(folder, input_size=input_size, **(onnx_kwargs or {}))
+            graph = openvino.convert_model(onnx, **(ov_kwargs or {}))
+            if compression == CompressionType.INT8:
+                graph = nncf.compress_weights(graph)
+            else:
+                ranges = range_images(datamodule, marks)
+                graph = quantize(graph, ranges, count_convolutions(self.model.feature_extractor))
+            if self._sets_thresholds:
+                images = calibration_images(datamodule, marks, len(post.calibration_index))
+                post.calibrate(score_images(graph, images, count), count)
+                set_thresholds(graph, post, count)
+            openvino.save_model(graph, path, compress_to_fp16=False)
+        return post, self._sets_thresholds
 
-    def _check_exportable(self) -> None:
-        if not self.model.solver.exportable:
-            raise WTFlowError(not_exportable(self.model.solver.name))
+    @property
+    def _sets_thresholds(self) -> bool:
+        """Whether the thresholds of a quantised graph can be set again: scores are normalised around them."""
+        post = self.post_processor
+        if not isinstance(post, WTFlowPostProcessor) or post.false_alarm_rate is None:
+            return False
+        plain = post.image_sensitivity == post.pixel_sensitivity == 0.5
+        return plain and post.enable_normalization and post.enable_thresholding
+
+    def _raise_for_no_export(self) -> None:
         broken = next(broken_tensors(self.model.state_dict()), None)
         if broken is not None:
             msg = f"'{broken}' of the model is NaN or infinite: load another checkpoint, or train the model again."
             raise WTFlowError(msg)
         if isinstance(self.post_processor, WTFlowPostProcessor):
             self.post_processor.raise_for_no_threshold()
+
+
+def range_images(datamodule: Any, marks: Tensor) -> list[NDArray]:
+    """Return training images ``(1, 3, H, W)`` that no threshold comes from, evenly spread over all."""
+    data, held = datamodule.train_data, set(marks.tolist())
+    kept = [index for index, path in enumerate(data.samples["image_path"]) if mark_of(path) not in held]
+    chosen = torch.linspace(0, len(kept) - 1, min(len(kept), RANGE_IMAGES)).long().tolist()
+    return [data[kept[each]].image[None].numpy() for each in chosen]
+
+
+def calibration_images(datamodule: Any, marks: Tensor, count: int) -> Iterator[NDArray]:
+    """Return the training and validation images ``(1, 3, H, W)`` that the thresholds of a model come from.
+
+    Raises:
+        WTFlowError: If the data module lacks one.
+    """
+    missing, found = Counter(marks.tolist()), []
+    for data in (datamodule.train_data, datamodule.val_data):
+        for index, mark in enumerate(map(mark_of, data.samples["image_path"])):
+            if missing[mark]:
+                missing[mark] -= 1
+                found.append((data, index))
+    if len(found) != count:
+        msg = (
+            f"The thresholds come from {count} images, of which this data has {len(found)}, so the rate of a quantised "
+            "export is not known: give --data as in the training, with its seed, or export in FP32 or FP16."
+        )
+        raise WTFlowError(msg)
+    return (data[index].image[None].numpy() for data, index in found)

@@ -3,14 +3,14 @@
 The backbone's stem, which reads the image, and the tail, flow and score, are sensitive; what is between them is not.
 """
 
-import logging
 import xml.etree.ElementTree as ET  # nosec B405  # for what OpenVINO has just written
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from anomalib_wtflow.errors import WTFlowError
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution")
 STEM_CONVOLUTIONS = 3
@@ -24,36 +24,30 @@ def count_convolutions(extractor: Any) -> int:
     They are those that run, and read something else for another image: what is the same for all becomes a constant.
     """
     device = next(extractor.parameters()).device
-    sums: list[list[float]] = []
-
-    def reads(module: nn.Module, inputs: Any) -> None:
-        del module
-        sums[-1].append(float(inputs[0].double().sum()))
-
-    hooks = [m.register_forward_pre_hook(reads) for m in extractor.network.modules() if isinstance(m, nn.Conv2d)]
-    for seed in (0, 1):
-        sums.append([])
+    sums: list[list[float]] = [[], []]
+    for seed, row in enumerate(sums):
+        hooks = [
+            module.register_forward_pre_hook(lambda _, inputs, row=row: row.append(float(inputs[0].double().sum())))
+            for module in extractor.network.modules()
+            if isinstance(module, nn.Conv2d)
+        ]
         extractor.network(extractor.draw_image(seed).to(device))
-    for hook in hooks:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return sum(first != second for first, second in zip(*sums, strict=True))
 
 
 def needed_by_convolutions(model: Any, count: int) -> list[str]:
     """Name the operations of an OpenVINO graph that its first convolutions need, themselves included, in order.
 
-    Args:
-        model: OpenVINO model that starts with the backbone.
-        count: How many convolutions.
-
     Raises:
-        ValueError: If the graph has fewer convolutions.
+        WTFlowError: If the graph has fewer convolutions.
     """
     operations = model.get_ordered_ops()
     convolutions = [op for op in operations if op.get_type_name() in CONVOLUTIONS]
     if len(convolutions) < count:
         msg = f"The exported graph has {len(convolutions)} convolutions and the backbone {count}: export to ONNX."
-        raise ValueError(msg)
+        raise WTFlowError(msg)
     open_ = convolutions[:count]
     needed: set[str] = set()
     while open_:
@@ -70,15 +64,7 @@ def stem_names(model: Any, backbone_convolutions: int) -> list[str]:
 
 
 def tail_names(model: Any, backbone_convolutions: int) -> list[str]:
-    """Name the operations of an OpenVINO graph that none of the backbone's convolutions needs: all that come after.
-
-    Args:
-        model: OpenVINO model that starts with the backbone.
-        backbone_convolutions: How many convolutions the backbone has.
-
-    Raises:
-        ValueError: If the graph has fewer convolutions.
-    """
+    """Name the operations of an OpenVINO graph that none of the backbone's convolutions needs: all that come after."""
     # What comes after the backbone needs all of it, so its convolutions are the first ones in the order.
     backbone = set(needed_by_convolutions(model, backbone_convolutions))
     return [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_friendly_name() not in backbone]
@@ -94,50 +80,22 @@ def residual_names(model: Any) -> list[str]:
     return names
 
 
-def fitting(model: Any, images: Iterable[Any]) -> Iterator[Any]:
-    """Yield images ``(1, 3, H, W)`` that an OpenVINO model can read.
-
-    Raises:
-        ValueError: If the model was exported for one size, and an image has another.
-    """
-    import openvino
-
-    shape = model.input(0).partial_shape
-    for image in images:
-        if not openvino.PartialShape(list(image.shape)).compatible(shape):
-            wanted, given = (" x ".join(map(str, sides)) for sides in (list(shape)[-2:], image.shape[-2:]))
-            msg = (
-                f"The export is for images of {wanted} pixels (--input_size), and the data has one of {given}, so no "
-                "8-bit ranges and thresholds come from it: leave --input_size out, or give data of that size."
-            )
-            raise ValueError(msg)
-        yield image
-
-
 def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
     """Quantise the backbone of an OpenVINO model to INT8 by NNCF, and leave its stem and the tail in float.
 
-    Args:
-        model: OpenVINO model that starts with the backbone.
-        images: Images ``(1, 3, H, W)``, as arrays, to set the ranges with; 128 of them serve.
-        backbone_convolutions: How many convolutions the backbone has.
-
-    Returns:
-        The quantised model.
+    The ranges are those of ``images``, arrays ``(1, 3, H, W)``; 128 of them serve.
 
     Raises:
-        ValueError: If the graph has fewer convolutions, or the backbone none behind its stem, as a transformer.
+        WTFlowError: If the backbone has no convolutions behind its stem, as a transformer.
     """
     import nncf
 
-    nncf.set_log_level(logging.ERROR)  # it says in a hundred lines what stays in float, as is asked of it
     if backbone_convolutions <= STEM_CONVOLUTIONS:
         msg = (
             f"INT8_PTQ quantises the convolutions behind a backbone's first {STEM_CONVOLUTIONS}, and this one has "
             f"{backbone_convolutions} in all, as transformers do: export it in FP16 or FP32."
         )
-        raise ValueError(msg)
-
+        raise WTFlowError(msg)
     tail = tail_names(model, backbone_convolutions)
     in_float = {*stem_names(model, backbone_convolutions), *residual_names(model), *tail}
     # NNCF's defaults, symmetric ranges and a fast correction of the biases, cost 0.028 pixel AUROC on bottles.
@@ -159,16 +117,9 @@ def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
 
 
 def keep_precise(path: Path, backbone_convolutions: int) -> None:
-    """Mark the stem of an OpenVINO model's file, so that no runtime computes it in bfloat16 or FP16.
+    """Mark the stem in an OpenVINO model's ``.xml`` file, so that no runtime computes it in bfloat16 or FP16.
 
     OpenVINO has a mark for this in its files, ``precise``, and no way to set it from Python.
-
-    Args:
-        path: The ``.xml`` file, which is written anew.
-        backbone_convolutions: How many convolutions the backbone has.
-
-    Raises:
-        ValueError: If the graph has fewer convolutions.
     """
     import openvino
 
