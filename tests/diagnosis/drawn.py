@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from anomalib_wtflow.diagnosis import gallery
-from anomalib_wtflow.diagnosis.front import front
-from anomalib_wtflow.diagnosis.report import make_folder, write_report
-from anomalib_wtflow.diagnosis.score_numbers import all_numbers
-from anomalib_wtflow.diagnosis.scoring import ScoredImage
+from anomalib_wtflow.diagnosis.gallery import entries, gallery_rows
+from anomalib_wtflow.diagnosis.page import write_page
+from anomalib_wtflow.diagnosis.scores import all_numbers, by_product
+from anomalib_wtflow.diagnosis.scoring import ScoredImage, informative_first
 from anomalib_wtflow.diagnosis.without_flow import UNWHITENED, WHITENED
 
 SIDE = 64
@@ -27,11 +26,11 @@ def model_of(
     post_processor = SimpleNamespace(
         image_threshold=torch.tensor(thresholds),
         pixel_threshold=torch.ones(count),
-        effective_false_alarm_rate=torch.full((count,), max(1, int(rate * (images + 1))) / (images + 1)),
+        promised_false_alarm_rate=torch.full((count,), max(1, int(rate * (images + 1))) / (images + 1)),
         false_alarm_rate=rate,
         calibration_images=torch.full((count,), images),
     )
-    return SimpleNamespace(product_names=list(names), post_processor=post_processor)
+    return SimpleNamespace(products=list(names), post_processor=post_processor)
 
 
 def scored(path: Path | str, label: bool | None, score: float, threshold: float | None = 1.0, product: int = 0) -> Any:
@@ -54,7 +53,7 @@ def scored(path: Path | str, label: bool | None, score: float, threshold: float 
         marked,
         nothing,
         nothing,
-        torch.tensor([product]),
+        product,
         names[product],
     )
 
@@ -70,14 +69,19 @@ def write_images(folder: Path, rows: Sequence[tuple[str, float, int]]) -> list[S
     return images
 
 
-def write_page(output: Path, model: Any, images: Sequence[ScoredImage]) -> Path:
+def diagnosed(output: Path, model: Any, images: Sequence[ScoredImage]) -> Path:
     """Write the page of images; the controls without a flow score all images alike, and as the model."""
-    images = gallery.ranked_images(model, images)
-    alike = [image._replace(score=1.0) for image in images]
-    controls = [(UNWHITENED, alike), (WHITENED, list(images))]
-    numbers = {"checkpoint": "model.ckpt", "images": gallery.rows(model, images)}
-    numbers |= all_numbers(model, images, controls)
-    make_folder(output)
-    shown = list(gallery.entries(model, zip(images, numbers["images"], strict=True)))
-    numbers["images_shown"] = len(shown)
-    return write_report(output, "Drawn parts", "By hand.", [], numbers, front(output, numbers, shown))
+    images = informative_first(images, by_product(model, "image_threshold"))
+    controls = {UNWHITENED: [image._replace(score=1.0) for image in images], WHITENED: images}
+    series = {"low": [0.5, 0.4], "median": [1.0, 0.5], "high": [1.5, 0.6]}
+    along = {"normal": {"radius": series, "centripetal": series}}
+    numbers = {
+        "checkpoint": "model <1>.ckpt",
+        "settings": {"backbone": "<i>"},
+        "images": gallery_rows(model, images),
+        **all_numbers(model, images, controls),
+        "flow": {"times": [0, 1], "scored": {"normal": {"radius": series}}, "ode": {"worst": along}},
+        "field": {"t": [0.1, 1], "images": 1, "couplings": {"worst": {"norm": [1, 2], "lipschitz": [1, 2]}}},
+    }
+    output.mkdir()
+    return write_page(output, numbers, list(entries(model, zip(images, numbers["images"], strict=True))))

@@ -1,5 +1,6 @@
 """Pictures of the gallery: what is drawn where, and how much of it a page bears."""
 
+import base64
 import io
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from anomalib_wtflow.diagnosis import gallery
 
 def test_rows_say_what_the_model_made_of_an_image() -> None:
     image = scored("/somewhere/test/scratch/007.png", True, 0.7, product=1)
-    assert gallery.rows(model_of([1.0, 1.0], ["disc", "plate"]), [image]) == [
+    assert gallery.gallery_rows(model_of([1.0, 1.0], ["disc", "plate"]), [image]) == [
         {
             "file": "scratch/007.png",
             "kind": "scratch",
@@ -27,16 +28,18 @@ def test_rows_say_what_the_model_made_of_an_image() -> None:
     ]
 
 
+def opened(address: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
+
+
 def test_pictures_keep_their_proportions(tmp_path: Path) -> None:
     (image,) = write_images(tmp_path, [("scratch", 3.0, 0)])
     for size, expected in (((1200, 600), (480, 240)), ((96, 128), (180, 240)), ((300, 200), (300, 200))):
         Image.new("RGB", size, (10, 20, 200)).save(image.path)
         (entry,) = gallery.entries(model_of([1.0]), [(image, {})])
-        for data in (entry.picture, entry.heat):
-            with Image.open(io.BytesIO(data)) as opened:
-                assert opened.size == expected
-        with Image.open(io.BytesIO(entry.picture)) as opened:
-            assert np.asarray(opened)[5, 5].tolist() == pytest.approx([10, 20, 200], abs=6)
+        for name in ("picture", "heat"):
+            assert opened(entry[name]).size == expected
+        assert np.asarray(opened(entry["picture"]))[5, 5].tolist() == pytest.approx([10, 20, 200], abs=6)
 
 
 def test_the_map_is_bright_under_the_defect_and_outlined() -> None:
@@ -55,8 +58,8 @@ def test_the_map_is_bright_under_the_defect_and_outlined() -> None:
 def test_a_page_bears_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn until their bytes are used up, in order."""
     images = write_images(tmp_path, [("good", 0.5, 0)] * 5)
-    told = [(image, {"place": place}) for place, image in enumerate(images)]
-    sizes = [len(entry.picture) + len(entry.heat) for entry in gallery.entries(model_of([1.0]), told)]
+    rows = [(image, {"order": k}) for k, image in enumerate(images)]
+    sizes = [len(entry["picture"]) + len(entry["heat"]) for entry in gallery.entries(model_of([1.0]), rows)]
     assert len(sizes) == 5
-    monkeypatch.setattr(gallery, "BYTES", sum(sizes[:3]))
-    assert [entry.row["place"] for entry in gallery.entries(model_of([1.0]), told)] == [0, 1, 2]
+    monkeypatch.setattr(gallery, "CHARACTERS", sum(sizes[:3]))
+    assert [entry["order"] for entry in gallery.entries(model_of([1.0]), rows)] == [0, 1, 2]

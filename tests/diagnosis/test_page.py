@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn import model_of, write_images, write_page
+from drawn import diagnosed, model_of, write_images
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason='There is no Playwright: pip install -e ".[test]".')
@@ -33,7 +33,7 @@ def browser() -> Iterator[Any]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     images = write_images(folder, ROWS)
-    return write_page(folder / "out", model_of([1.0, 1.0], ["disc", "plate"]), images)
+    return diagnosed(folder / "out", model_of([1.0, 1.0], ["disc", "plate"]), images)
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def page(browser: Any, written: Path, request: pytest.FixtureRequest) -> Iterato
 def test_pictures_load_and_fit(page: Any, rows: list[dict]) -> None:
     images = "[...document.images]"
     page.wait_for_function(f"{images}.every(image => image.complete)")
-    # Two figures and an example in front, two of each product's figures, and two pictures an image.
-    assert page.evaluate(f"{images}.length") == 2 + 2 + 2 * 2 + 2 * len(rows)
+    # Two figures and an example in front, two of each product's figures, four inside, and two pictures an image.
+    assert page.evaluate(f"{images}.length") == 2 + 2 + 2 * 2 + 4 + 2 * len(rows)
     assert page.evaluate(f"{images}.every(image => image.naturalWidth > 0)")
     assert page.evaluate(f"{images}.every(image => image.alt)")
     width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -69,7 +69,7 @@ def test_pictures_load_and_fit(page: Any, rows: list[dict]) -> None:
     assert page.evaluate(width) == 0
     assert page.evaluate("Math.min(...[...document.querySelectorAll('.entry img')].map(i => i.clientWidth))") >= 256
     assert page.evaluate("document.documentElement.lang") == "en"
-    assert page.title() == "Drawn parts"
+    assert page.title() == "Can this model be trusted on these parts?"
 
 
 def test_the_first_screen_answers(page: Any) -> None:

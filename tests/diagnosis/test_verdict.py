@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn import model_of, scored, write_images, write_page
+from drawn import diagnosed, model_of, scored, write_images
 
-from anomalib_wtflow.diagnosis.score_numbers import all_numbers
+from anomalib_wtflow.diagnosis.scores import all_numbers
 from anomalib_wtflow.diagnosis.verdict import advice, answer, overall, percent, verdict
 from anomalib_wtflow.diagnosis.without_flow import POSITION_MEANS, UNWHITENED, WHITENED
 
@@ -19,7 +19,7 @@ def numbers_of(good: Sequence[float], bad: Sequence[float], **promise: Any) -> d
     """Numbers of a model of one product whose threshold is 1."""
     images = [scored(f"good/{k}.png", False, score) for k, score in enumerate(good)]
     images += [scored(f"scratch/{k}.png", True, score) for k, score in enumerate(bad)]
-    return all_numbers(model_of([1.0], **promise), images, [(UNWHITENED, images)])["scores"]
+    return all_numbers(model_of([1.0], **promise), images, {UNWHITENED: images})["scores"]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_answer_without_a_promise() -> None:
 
 def test_numbers_in_words() -> None:
     numbers = numbers_of([*GOOD, 1.2], [*BAD, 0.6])
-    found = dict(verdict(numbers).findings)
+    found = verdict(numbers).findings
     low, high = numbers["image_auroc_interval"]
     assert numbers["false_alarms_to_find_all"] == 11  # 0.6 to 0.69, and 1.2
     assert found["Does it tell defective parts from good ones?"].startswith(
@@ -75,14 +75,14 @@ def test_the_flow_is_compared_with_the_strongest_control() -> None:
         ({UNWHITENED: alike}, UNWHITENED, 0.5, "Yes: "),
         ({UNWHITENED: alike, WHITENED: images, POSITION_MEANS: images}, WHITENED, 0.0, "Not shown on these images: "),
     ):
-        numbers = all_numbers(model, images, controls.items())["scores"]
+        numbers = all_numbers(model, images, controls)["scores"]
         assert numbers["strongest_control"] == name
         assert numbers["flow_gain"] == pytest.approx(gain)
-        text = dict(verdict(numbers).findings)["Is the flow worth its cost?"]
+        text = verdict(numbers).findings["Is the flow worth its cost?"]
         assert text.startswith(start)
         assert f"control without a flow, {name}" in text
-    numbers = all_numbers(model, turned, [(WHITENED, images)])["scores"]
-    assert dict(verdict(numbers).findings)["Is the flow worth its cost?"].startswith("No, it does harm: ")
+    numbers = all_numbers(model, turned, {WHITENED: images})["scores"]
+    assert verdict(numbers).findings["Is the flow worth its cost?"].startswith("No, it does harm: ")
     assert numbers["flow_gain"] == pytest.approx(-1)
 
 
@@ -114,7 +114,7 @@ def test_products(tmp_path: Path) -> None:
     """Sums and means of all products, each product's own, and a section each on the page."""
     rows = [("good", 0.5 + 0.01 * k, p) for p in (0, 1) for k in range(20)] + [("good", 1.5, 1)]
     rows += [("hole", 2.0 + 0.01 * k, p) for p in (0, 1) for k in range(10)] + [("hole", 0.45, 0)]
-    page = write_page(tmp_path / "page", model_of([1.0, 1.0], ["disc", "plate"]), write_images(tmp_path, rows))
+    page = diagnosed(tmp_path / "page", model_of([1.0, 1.0], ["disc", "plate"]), write_images(tmp_path, rows))
     numbers = json.loads((page.parent / "numbers.json").read_text())
     scores, disc, plate = numbers["scores"], numbers["products"]["disc"], numbers["products"]["plate"]
     assert (scores["misses"], disc["misses"], plate["misses"]) == (1, 1, 0)
@@ -130,11 +130,11 @@ def test_products(tmp_path: Path) -> None:
 
 
 def test_good_images_only_and_unlabelled_ones(tmp_path: Path) -> None:
-    good = write_page(tmp_path / "a", model_of([1.0]), write_images(tmp_path, [("good", 0.5, 0), ("good", 1.5, 0)]))
+    good = diagnosed(tmp_path / "a", model_of([1.0]), write_images(tmp_path, [("good", 0.5, 0), ("good", 1.5, 0)]))
     numbers = json.loads((good.parent / "numbers.json").read_text())
     assert numbers["scores"]["image_auroc"] is None
     assert "Not known: there are no test images of defective parts." in good.read_text()
-    unknown = write_page(tmp_path / "b", model_of([1.0]), write_images(tmp_path, [("unlabelled", 0.5, 0)]))
+    unknown = diagnosed(tmp_path / "b", model_of([1.0]), write_images(tmp_path, [("unlabelled", 0.5, 0)]))
     numbers = json.loads((unknown.parent / "numbers.json").read_text())
     assert numbers["images"][0]["verdict"] == "called good"
     assert numbers["scores"]["false_alarm_band"] is None

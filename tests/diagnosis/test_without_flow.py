@@ -2,71 +2,56 @@
 
 import copy
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from anomalib_wtflow.diagnosis.progress import Progress
-from anomalib_wtflow.diagnosis.scoring import score_images
+from anomalib_wtflow.diagnosis.scoring import score_image
 from anomalib_wtflow.diagnosis.without_flow import (
     POSITION_MEANS,
     UNWHITENED,
     WHITENED,
-    TrainingFeatures,
     controls,
     training_features,
     without_flow,
 )
-from anomalib_wtflow.flow.normalization import get_normalization
-
-QUIET = Progress(wanted=False)
-
-
-def reference(model: Any, training: TrainingFeatures, features: Tensor, normalization: str) -> list[float]:
-    """Scores of the whole model with an identity for its flow, the contrast observed anew."""
-    model = copy.deepcopy(model)
-    if normalization != model.settings.normalization:
-        model.normalization = get_normalization(normalization, features.shape[1])
-        model.normalization.update(training.features)
-        model.normalization.finalize()
-    model.flow = lambda x0, product=None: x0
-    model.anomaly_map_generator = model.anomaly_map_generator.without_limit()
-    size = (128, 128)
-    with torch.no_grad():
-        model.observe(model.normalization(training.features, training.product), size, training.product)
-        return model.score(
-            model.normalization(features), size, torch.zeros(len(features), dtype=torch.int64)
-        ).pred_score.tolist()
+from anomalib_wtflow.fit import fit_background
+from anomalib_wtflow.flow.normalization import Whitening
 
 
 @pytest.mark.slow
 def test_controls_are_the_model_without_its_flow(trained: SimpleNamespace) -> None:
-    trained.parts.setup()
-    images = list(score_images(trained.model, trained.parts.test_data, QUIET))[::4]
-    training = training_features(trained.model, trained.parts.train_data, 512, QUIET)
-    assert len(training.features) == len(trained.parts.train_data)
-    scored = dict(without_flow(trained.model, images, training, QUIET))
+    parts, model = trained.parts, trained.model
+    parts.setup()
+    images = [score_image(model, parts.test_data[k]) for k in range(0, len(parts.test_data), 4)]
+    features, index = training_features(model, parts.train_data)
+    assert len(features) == len(parts.train_data)
+    scored = dict(without_flow(model, images, (features, index)))
     assert list(scored) == [UNWHITENED, WHITENED, POSITION_MEANS]
-    features = torch.stack([image.features for image in images])
-    for name, normalization in ((UNWHITENED, "channel"), (WHITENED, "whitening")):
-        expected = reference(trained.model.model, training, features, normalization)
+    tested = torch.stack([image.features for image in images])
+    whitening = Whitening(features.shape[1])
+    whitening.fit([(features, index)])
+    for name, normalization in ((UNWHITENED, model.model.normalization), (WHITENED, whitening)):
+        reference = copy.deepcopy(model.model)
+        reference.normalization = normalization
+        reference.flow = lambda x0, index: x0
+        fit_background(reference, normalization(features, index), index, (128, 128))
+        expected = reference.predict(tested, (128, 128)).pred_score.tolist()
         assert [image.score for image in scored[name]] == pytest.approx(expected, rel=1e-4)
     assert [image.path for image in scored[WHITENED]] == [image.path for image in images]
-    assert list(dict(without_flow(trained.model, images, None, QUIET))) == [UNWHITENED]
+    assert list(dict(without_flow(model, images, None))) == [UNWHITENED]
 
 
 @pytest.mark.slow
 def test_an_image_that_is_the_mean_of_its_positions_is_normal_all_over(trained: SimpleNamespace) -> None:
     """Of one training image, which is the test image too, nothing is left; of the whitened features alone something."""
     trained.parts.setup()
-    image = next(iter(score_images(trained.model, trained.parts.test_data, QUIET)))
-    training = TrainingFeatures(image.features[None], image.product)
-    scored = dict(without_flow(trained.model, [image], training, QUIET))
+    image = score_image(trained.model, trained.parts.test_data[0])
+    training = image.features[None], torch.tensor([image.product])
+    scored = dict(without_flow(trained.model, [image], training))
     assert np.abs(scored[POSITION_MEANS][0].anomaly_map.numpy()).max() < 1e-5
     assert scored[WHITENED][0].anomaly_map.max() > 0.1
-    # Nothing to whiten with for the test image's product.
-    other = TrainingFeatures(training.features, training.product + 1)
-    assert list(controls(trained.model, [image], other)) == [UNWHITENED]
+    # Nothing to whiten with for a second product.
+    model = SimpleNamespace(model=trained.model.model, products=["a", "b"])
+    assert list(controls(model, training)) == [UNWHITENED]
