@@ -21,7 +21,7 @@ from anomalib_wtflow.flow.field import FIELDS
 from anomalib_wtflow.flow.normalization import NORMALIZATIONS
 from anomalib_wtflow.flow.path import PATHS
 from anomalib_wtflow.flow.schedule import SCHEDULERS
-from anomalib_wtflow.flow.solver import SOLVER_NAMES
+from anomalib_wtflow.flow.solver import SOLVERS
 from anomalib_wtflow.settings import ARGUMENTS, RECIPES, Settings, declared, get_settings
 
 NAMES: dict[str, Any] = {
@@ -29,7 +29,7 @@ NAMES: dict[str, Any] = {
     "network": FIELDS,
     "path": PATHS,
     "coupling": COUPLINGS,
-    "solver": SOLVER_NAMES,
+    "solver": SOLVERS,
     "density": DENSITIES,
     "anomaly_map": MAPS,
     "image_score": IMAGE_SCORES,
@@ -41,7 +41,7 @@ NUMBERS: dict[str, tuple[float, float, Callable[[float], bool], str]] = {
     "start_time": (0, 1, lambda x: 0 <= x < 1, "a time in [0, 1)"),
     "sigma": (0, math.inf, lambda x: 0 <= x < math.inf, "a standard deviation in pixels in [0, inf)"),
     "top_fraction": (0, 1, lambda x: 0 < x <= 1, "a share of the values in (0, 1]"),
-    "contrast": (0, 1, lambda x: 0 <= x <= 1, "a slope in [0, 1]"),
+    "background_slope": (0, 1, lambda x: 0 <= x <= 1, "a slope in [0, 1]"),
     "plateau": (0, 1, lambda x: 0 <= x < 1, "a share in [0, 1)"),
     "averaging": (0, 1, lambda x: 0 <= x < 1, "a share in [0, 1)"),
     "importance": (0, math.inf, lambda x: 0 <= x < math.inf, "an exponent in [0, inf)"),
@@ -49,7 +49,7 @@ NUMBERS: dict[str, tuple[float, float, Callable[[float], bool], str]] = {
     "calibration_ratio": (0, 1, lambda x: 0 < x < 1, "a share between 0 and 1, such as 0.05"),
     "learning_rate": (0, math.inf, lambda x: 0 < x < math.inf, "a rate in (0, inf)"),
     "weight_decay": (0, math.inf, lambda x: 0 <= x < math.inf, "a decay in [0, inf)"),
-    "feature_cache": (0, math.inf, lambda x: 0 <= x < math.inf, "GiB of memory (0 for no cache) in [0, inf)"),
+    "feature_memory": (0, math.inf, lambda x: 0 < x < math.inf, "GiB of memory in (0, inf)"),
 }
 """Settings that are numbers: the ends of their intervals, what lies inside, and the advice of the error."""
 WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
@@ -60,9 +60,10 @@ WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
     "depth": (lambda k: k >= 1, "a whole number of at least 1"),
     "steps": (lambda k: k >= 1, "a whole number of at least 1"),
     "max_epochs": (lambda k: k >= 1, "a whole number of at least 1"),
+    "batch_size": (lambda k: k >= 1, "a whole number of at least 1"),
     "seed": (lambda k: k >= 0, "a whole number from 0 to below 2^64"),
 }
-OTHER = {"backbone", "layers", "pre_trained", "weights", "image_size", "start_from", "verdicts"}
+OTHER = {"backbone", "layers", "pre_trained", "weights", "image_size", "start_from"}
 SIZE = "choose a side, or a height and a width, in pixels."
 
 
@@ -89,43 +90,6 @@ def test_names_are_those_of_the_part(name: str) -> None:
         assert getattr(get_settings(**{name: value}), name) == value
     kind = name.replace("_", " ")
     refused(name, "#", f"Unknown {kind} '#': choose one of {', '.join(NAMES[name])}.")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("network", "transformer", "Unknown network 'transformer': choose one of pointwise, unet."),
-        ("anomaly_map", "log", "Unknown anomaly map 'log': choose one of absolute, relative."),
-        ("image_score", "pixels", "Unknown image score 'pixels': choose one of map, features."),
-        ("density", "students", "Unknown density 'students': did you mean 'student'? choose one of gaussian, student."),
-        ("density", "cauchy", "Unknown density 'cauchy': choose one of gaussian, student."),
-        (
-            "coupling",
-            "nearest",
-            "Unknown coupling 'nearest': choose one of independent, optimal, worst, worst_of_two, antipodal.",
-        ),
-        (
-            "scheduler",
-            "constants",
-            "Unknown scheduler 'constants': did you mean 'constant'? choose one of constant, cosine, step.",
-        ),
-        ("scheduler", "linear", "Unknown scheduler 'linear': choose one of constant, cosine, step."),
-    ],
-)
-def test_unknown_names(name: str, value: object, message: str) -> None:
-    refused(name, value, message)
-
-
-@pytest.mark.parametrize("value", [["worst"], {"name": "worst"}])
-def test_a_name_that_is_no_text(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^Unknown coupling .*choose one of independent, optimal, worst, "):
-        get_settings(coupling=value)
-
-
-@pytest.mark.parametrize("name", ["worst_image", "worst_local", "optimal_image"])
-def test_couplings_that_no_model_has(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^Unknown coupling '{name}': did you mean '.*choose one of independent, opt"):
-        get_settings(coupling=name)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -161,12 +125,6 @@ def test_whole_numbers(name: str, value: int) -> None:
         refused(name, value, f"{name} is {value!r}: choose {advice}.")
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_whole_numbers_are_no_others(name: str) -> None:
-    for value in (1.0, 2.5, True, "2", math.nan):
-        refused(name, value, f"{name} is {value!r}: choose {WHOLE[name][1]}.")
-
-
 def test_a_seed_that_torch_does_not_take() -> None:
     assert get_settings(seed=2**64 - 1).seed == 2**64 - 1
     with pytest.raises(ValueError, match=r"^seed is 18446744073709551616: choose .*\.$"):
@@ -174,7 +132,7 @@ def test_a_seed_that_torch_does_not_take() -> None:
 
 
 def test_what_may_be_left_out() -> None:
-    empty = {"layers", "weights", "start_from", "image_size", "width", "depth", "contrast", "false_alarm_rate"}
+    empty = {"layers", "weights", "start_from", "image_size", "width", "depth", "background_slope", "false_alarm_rate"}
     for name in declared():
         if name in empty:
             assert getattr(get_settings(**{name: None}), name) is None
@@ -206,20 +164,7 @@ def test_other_values() -> None:
         refused("pre_trained", value, f"pre_trained is {value!r}: choose true or false.")
 
 
-def test_weights_that_are_no_path() -> None:
-    with pytest.raises(ValueError, match=r"^weights is 3: choose .*\.$"):
-        get_settings(weights=3)
-
-
 # The record ----------------------------------------------------------------------------------------------------------
-
-
-def test_settings_are_frozen() -> None:
-    record = get_settings()
-    with pytest.raises(FrozenInstanceError):
-        record.seed = 1
-    assert record == Settings()
-    assert hash(record) == hash(Settings())
 
 
 def test_a_changed_copy_is_checked_too() -> None:
@@ -253,10 +198,6 @@ def test_recipes_are_valid(recipe: str) -> None:
     assert not [name for name in RECIPES[recipe] if name in ARGUMENTS and parameters[name].default is not None]
 
 
-def test_the_default_recipe_changes_nothing() -> None:
-    assert get_settings() == get_settings("default") == Settings()
-
-
 def test_the_paper_recipe_is_the_authors() -> None:
     """method.md, "The authors' recipe": 256 px, layer3 pooled 3 x 3 with stride 2, U-Net of b = 768, one Euler step."""
     paper = get_settings("paper")
@@ -280,10 +221,11 @@ def test_the_paper_recipe_is_the_authors() -> None:
         "sigma": 0.0,
         "image_score": "map",
         "top_fraction": 0.03,
-        "contrast": 0.0,
+        "background_slope": 0.0,
         "max_epochs": 100,
         "plateau": 0.0,
         "averaging": 0.0,
+        "batch_size": 8,
         "scheduler": "step",
     }
     assert {name: getattr(paper, name) for name in authors} == authors
@@ -358,15 +300,6 @@ def test_what_the_model_is_told_becomes_its_settings() -> None:
     assert WTFlow(pre_trained=False).settings == get_settings(pre_trained=False)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_overrides_that_are_arguments(name: str) -> None:
-    message = (
-        f"'{name}' stands among the overrides: it is an argument of its own, so give it as --model.{name}."
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        WTFlow(overrides={name: getattr(Settings(), name)})
-
-
 def test_unknown_overrides() -> None:
     everything = ", ".join(declared())
     for name, hint in (("couplng", "did you mean 'coupling'? "), ("zzz", ""), ("merge", ""), ("thinning", "")):
@@ -379,13 +312,3 @@ def test_unknown_overrides() -> None:
         WTFlow(max_epochs=0)
 
 
-def test_overrides_that_are_no_mapping() -> None:
-    with pytest.raises(ValueError, match=r"^overrides is \['coupling'\]: give settings by name"):
-        WTFlow(overrides=["coupling"])
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [name for name in declared() if not isinstance(getattr(Settings(), name), str)])
-def test_no_setting_may_be_nan_or_infinite(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is {value}: choose .*\.$"):
-        get_settings(**{name: value})

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from anomalib_wtflow.flow.solver import AdaptiveSolver, ODESolver, VectorField
+from anomalib_wtflow.flow.solver import Solver, VectorField
+from benchmarks.theory.adaptive import AdaptiveSolver
 
 
 def divergence(field: VectorField, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,9 @@ def divergence(field: VectorField, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     return velocity.detach(), diagonal.view_as(x).sum(1, keepdim=True)
 
 
-def log_density(field: VectorField, x: Tensor, start: float = 0.0, solver: ODESolver | None = None) -> Tensor:
+def log_density(
+    field: VectorField, x: Tensor, start: float = 0.0, solver: Solver | AdaptiveSolver | None = None
+) -> Tensor:
     """``log p_start(x) = log N(x(1); 0, I) + int_start^1 div v(x(t), t) dt`` along ``dx/dt = v(x, t)``.
 
     The instantaneous change of variables of continuous normalising flows (Chen et al., 2018; its use here is ours).
@@ -41,7 +44,7 @@ def log_density(field: VectorField, x: Tensor, start: float = 0.0, solver: ODESo
         field: ``v(x, t)``, differentiable in ``x``.
         x: Points at time ``start``, ``(N, C, ...)``.
         start: Time at which the points are.
-        solver: Any solver; None for :class:`anomalib_wtflow.flow.solver.AdaptiveSolver`.
+        solver: Any solver; None for :class:`benchmarks.theory.adaptive.AdaptiveSolver`.
 
     Returns:
         ``(N, 1, ...)``, in nats.

@@ -20,7 +20,7 @@ from anomalib_wtflow.flow.normalization import NORMALIZATIONS
 from anomalib_wtflow.flow.path import PATHS
 from anomalib_wtflow.flow.registry import lookup
 from anomalib_wtflow.flow.schedule import SCHEDULERS
-from anomalib_wtflow.flow.solver import SOLVER_NAMES
+from anomalib_wtflow.flow.solver import SOLVERS
 from anomalib_wtflow.rules import FILE, SHARE, SWITCH, TEXT, Rule, is_names, is_size, number, one_of, optional, whole
 
 _Class = TypeVar("_Class", bound=type)
@@ -101,10 +101,10 @@ class Settings:
     coupling: str = setting("worst", one_of(COUPLINGS), "Which noise goes with which features.", scores=False)
     solver: str = setting(
         "euler",
-        one_of(SOLVER_NAMES),
-        "ODE solver; from dopri5 on torchdiffeq's, for analysis, without export.",
+        one_of(SOLVERS),
+        "ODE solver.",
     )
-    steps: int = setting(1, whole(1), "Steps of the first three solvers.")
+    steps: int = setting(1, whole(1), "Steps of the solver.")
     start_time: float = setting(
         0.35, number("a time", "[0, 1)"), "Time at which inference enters the flow; 0 is the paper's."
     )

@@ -16,7 +16,7 @@ from anomalib_wtflow.flow.normalization import get_normalization
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.rows import EMBEDDING_CHANNELS, allocate, class_embeddings
 from anomalib_wtflow.flow.sampling import PositionSampling
-from anomalib_wtflow.flow.solver import get_solver
+from anomalib_wtflow.flow.solver import Solver
 from anomalib_wtflow.products.recognition import ProductRecognizer, Recognition
 from anomalib_wtflow.settings import Settings
 
@@ -49,7 +49,7 @@ class WTFlowModel(nn.Module):
         super().__init__()
         s = self.settings = settings or Settings()
         self.path = ProbabilityPath(s.path, s.s_min)
-        self.solver = get_solver(s.solver, s.steps)
+        self.solver = Solver(s.solver, s.steps)
         # A number, not a tensor to be read at each call, which would split a compiled graph.
         self.start_scale = self.path.coefficients(torch.tensor(s.start_time)).a.item()
         with torch.random.fork_rng(devices=[]):  # the weights of a random backbone depend on the seed alone

@@ -10,9 +10,9 @@ from torch import Tensor
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.field import PointwiseField
 from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
-from anomalib_wtflow.flow.regression import fit_field
-from anomalib_wtflow.flow.solver import AdaptiveSolver
+from anomalib_wtflow.flow.regression import FieldTraining, TrainingPlan, fit_field
 from benchmarks.theory import oracle
+from benchmarks.theory.adaptive import AdaptiveSolver
 from benchmarks.theory.oracle import EmpiricalField, GaussianField
 
 pytestmark = pytest.mark.method
@@ -86,16 +86,6 @@ def test_jacobian_against_automatic_differentiation(path: str) -> None:
         torch.testing.assert_close(field.jacobian(x, t)[n], expected)
 
 
-def test_density_integrates_to_one_under_both_couplings() -> None:
-    """On a grid of the plane, to 1e-3; the half-spaces cut the cells, hence the tolerance."""
-    axis = torch.linspace(-7, 7, 701, dtype=torch.float64)
-    grid = torch.cartesian_prod(axis, axis)
-    for coupling in ("independent", "worst_of_two"):
-        field = EmpiricalField(data(4, 2), LINEAR, coupling)
-        density = field.log_density(grid, torch.full((len(grid),), 0.5, dtype=torch.float64)).exp()
-        assert float(density.sum() * 0.02**2) == pytest.approx(1, abs=2e-2 if coupling == "worst_of_two" else 1e-6)
-
-
 def test_stable_where_exponentials_underflow() -> None:
     """At t = 1e-4 beside a data point all weights but one underflow: u = (x - (1 - t) x0) / t - x0."""
     points = 10 * data()
@@ -147,7 +137,8 @@ def test_a_trained_network_approaches_the_field() -> None:
     path = ProbabilityPath("gaussian", 0.3)
     network = PointwiseField(2, 64, 2)
     untrained = relative_error(network, EmpiricalField(points, path))
-    fit_field(network, points[:, :, None, None], path, COUPLINGS["independent"], 2000, 512, learning_rate=3e-3)
+    plan = TrainingPlan(125, 512, learning_rate=3e-3, scheduler="cosine", averaging=0, plateau=0)
+    fit_field(FieldTraining(network, points[:, :, None, None].repeat(1024, 1, 1, 1), path, "independent", plan))
     assert untrained > 0.9
     assert relative_error(network, EmpiricalField(points, path)) < 0.10
 
@@ -193,13 +184,6 @@ def test_gaussian_density_against_torch() -> None:
     x, t = data(4), torch.full((4,), 0.4, dtype=torch.float64)
     marginal = torch.distributions.MultivariateNormal(0.6 * mean, 0.36 * covariance + 0.16 * torch.eye(3).double())
     torch.testing.assert_close(field.log_density(x, t), marginal.log_prob(x))
-
-
-def test_one_point_is_a_gaussian_without_width() -> None:
-    point, x, t = data(1), data(5), torch.full((5,), 0.3, dtype=torch.float64)
-    gaussian_field = GaussianField(point[0], torch.zeros(3, 3, dtype=torch.float64), LINEAR)
-    torch.testing.assert_close(EmpiricalField(point, LINEAR)(x, t), gaussian_field(x, t))
-    torch.testing.assert_close(EmpiricalField(point, LINEAR).log_density(x, t), gaussian_field.log_density(x, t))
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
-"""Solvers of ``dx/dt = v(x, t)``: unrolled fixed steps, which export, and torchdiffeq's adaptive ones, for analysis."""
+"""Solvers of ``dx/dt = v(x, t)``: Runge-Kutta steps of fixed size, unrolled, so that they export."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.registry import lookup
 
 VectorField = Callable[[Tensor, Tensor], Tensor]
@@ -29,27 +28,6 @@ SOLVERS: dict[str, Tableau] = {
     "midpoint": Tableau((0.0, 1 / 2), (0.0, 1.0)),
     "rk4": Tableau((0.0, 1 / 2, 1 / 2, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
-"""Solvers of a fixed number of steps."""
-
-ADAPTIVE_SOLVERS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-"""torchdiffeq's explicit solvers of adaptive step size, by torchdiffeq's names."""
-
-SOLVER_NAMES = dict.fromkeys((*SOLVERS, *ADAPTIVE_SOLVERS))
-
-
-class ODESolver(Protocol):
-    """What the model and the diagnostics need of a solver."""
-
-    name: str
-    exportable: bool
-
-    def integrate(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Carry ``x`` along ``field`` from time ``start`` to ``end``."""
-        ...
-
-    def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Return ``(x(end) - x(start)) / (end - start)``."""
-        ...
 
 
 class Solver:
@@ -65,11 +43,8 @@ class Solver:
         WTFlowError: If the name is unknown.
     """
 
-    exportable = True
-
     def __init__(self, name: str = "euler", steps: int = 1) -> None:
         self.tableau = lookup(SOLVERS, "solver", name)
-        self.name = name
         self.steps = steps
 
     def integrate(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
@@ -103,72 +78,3 @@ class Solver:
                 x = x + h * slope
         assert total is not None
         return total if self.steps == 1 else total / self.steps
-
-
-class AdaptiveSolver:
-    """torchdiffeq's solvers of adaptive step size: ``error <= atol + rtol |x|`` at each step. For analysis in Python.
-
-    The step is chosen for the whole batch, so a result may depend on its companions, within the tolerance.
-
-    Args:
-        name: One of :data:`ADAPTIVE_SOLVERS`.
-        rtol: Relative tolerance, above 0.
-        atol: Absolute tolerance, above 0.
-
-    Raises:
-        WTFlowError: If the name is unknown or a tolerance is not positive.
-    """
-
-    exportable = False
-
-    def __init__(self, name: str = "dopri5", rtol: float = 1e-5, atol: float = 1e-6) -> None:
-        self.name = lookup({solver: solver for solver in ADAPTIVE_SOLVERS}, "adaptive solver", name)
-        if not (rtol > 0 and atol > 0):
-            msg = f"rtol is {rtol} and atol {atol}: choose tolerances above 0."
-            raise WTFlowError(msg)
-        self.rtol = rtol
-        self.atol = atol
-
-    def integrate(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Carry ``x`` along ``field`` from time ``start`` to ``end``, as :meth:`Solver.integrate` does.
-
-        Raises:
-            WTFlowError: If the model is being exported.
-        """
-        if torch.compiler.is_compiling():
-            raise WTFlowError(not_exportable(self.name))
-        from torchdiffeq import odeint  # a fifth of the time that the plugin adds to every start of anomalib
-
-        times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
-        return odeint(
-            lambda t, z: field(z, t.expand(len(z))),
-            x,
-            times,
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.name,
-            # A step that ends at the end: torchdiffeq would otherwise interpolate, which costs dopri8 three digits.
-            options={"step_t": times[1:]},
-        )[-1]
-
-    def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Return ``(x(end) - x(start)) / (end - start)``."""
-        return (self.integrate(field, x, start, end) - x) / (end - start)
-
-
-def not_exportable(name: str) -> str:
-    """Say why an adaptive solver does not export, and what does."""
-    return (
-        f"Solver '{name}' chooses its steps from the data and does not export: "
-        f"give the model one of {', '.join(SOLVERS)}, as --model.overrides.solver."
-    )
-
-
-def get_solver(name: str = "euler", steps: int = 1) -> Solver | AdaptiveSolver:
-    """Build a solver by name; ``steps`` has no effect on the adaptive ones.
-
-    Raises:
-        WTFlowError: If the name is unknown.
-    """
-    lookup(SOLVER_NAMES, "solver", name)
-    return AdaptiveSolver(name) if name in ADAPTIVE_SOLVERS else Solver(name, steps)
