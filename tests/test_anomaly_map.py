@@ -97,7 +97,9 @@ def test_an_exported_density_is_that_of_eager_torch(kind: str, detail: list[int]
 def test_map_weighs_layers_alike_and_score_by_channels() -> None:
     """The score by the square roots of the channels: 1 and 2 of 3 with 1 and 4 of them."""
     log_density = -torch.rand(3, 2, 5, 4, dtype=torch.float64)
-    generator = AnomalyMapGenerator(top_fraction=0.1, image_score="features", background_slope=0.5, channels=[1, 4]).double()
+    generator = AnomalyMapGenerator(
+        top_fraction=0.1, image_score="features", background_slope=0.5, channels=[1, 4]
+    ).double()
     anomaly_map, score = generator(log_density, (5, 4), first(log_density))
     torch.testing.assert_close(anomaly_map, -log_density.mean(1, keepdim=True))
     weighted = window_means(-(log_density[:, 0] + 2 * log_density[:, 1]) / 3)
@@ -271,7 +273,9 @@ def test_more_of_a_fault_never_scores_less_beyond_the_limit() -> None:
     generator.fit(good, (16, 16), first(good))
     spot = good.clone()
     spot[..., 4:6, 4:8] = -1.3
-    scores = [generator(image, (16, 16), first(image))[1].item() for image in (good, spot, torch.full_like(good, -1.25))]
+    scores = [
+        generator(image, (16, 16), first(image))[1].item() for image in (good, spot, torch.full_like(good, -1.25))
+    ]
     assert scores == pytest.approx([0.15, 1.15, 1.1])  # without a limit the last would be 0.625
     spread = [
         generator(-(0.3 + 0.9 * (torch.rand(16 * 16).argsort() < count)).view(1, 1, 16, 16), (16, 16), ONE)[1].item()

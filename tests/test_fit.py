@@ -104,9 +104,7 @@ def _normalised(model: WTFlowModel, features: torch.Tensor) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize(("products", "each"), [(1, BACKGROUND_IMAGES), (16, MOST // 16), (64, FEWEST)])
-def test_images_that_the_background_level_comes_from(
-    products: int, each: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_the_background_level_comes_from(products: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many of each product, so that the time is bounded."""
     model = WTFlowModel(get_settings(width=8, pre_trained=False))
     model.set_products(products)
@@ -219,13 +217,13 @@ def test_the_class_embedding_reaches_the_field() -> None:
 def test_what_cannot_be_fitted() -> None:
     with pytest.raises(WTFlowError, match=r"The training loss became (nan|inf) in epoch \d+: lower learning_rate"):
         fitted(*drawn(12), learning_rate=1e30, max_epochs=9)
-    with pytest.raises(WTFlowError, match="coupling 'worst' rearranges noise .* batches have 1 image: give more"):
+    with pytest.raises(WTFlowError, match=r"coupling 'worst' rearranges noise .* batches have 1 image: give more"):
         fitted(*drawn(1))
     with pytest.raises(WTFlowError, match="The training features are empty, NaN or infinite"):
         fitted(drawn(4)[0] * torch.nan, drawn(4)[1])
 
 
-# The images held out ---------------------------------------------------------------------------------------------------
+# The images held out --------------------------------------------------------------------------------------------------
 
 
 def test_the_share_held_out_is_that_of_each_product() -> None:

@@ -310,5 +310,3 @@ def test_unknown_overrides() -> None:
         WTFlow(overrides={"coupling": "wurst"})
     with pytest.raises(ValueError, match=r"^max_epochs is 0: choose a whole number of at least 1\.$"):
         WTFlow(max_epochs=0)
-
-

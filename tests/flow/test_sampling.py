@@ -75,7 +75,7 @@ def test_probabilities(importance: float) -> None:
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7), (1, 1)])
 def test_what_is_drawn_are_positions_of_each_layer(size: tuple[int, int]) -> None:
-    """As many of each layer as the grid has, divided by ``SHARE``, or ``LEAST``; each layer has positions of its own."""
+    """As many of each layer as the grid has, divided by ``SHARE``, or ``LEAST``; each layer has its own."""
     x0 = torch.randn(6, 11, *size)
     drawn = fitted()(x0)
     count = max(LEAST, math.ceil(size[0] * size[1] / SHARE))

@@ -40,7 +40,7 @@ class FeatureStore:
         self.size = 0
         self.number = 0
         self.heaps: defaultdict[str, list[Row]] = defaultdict(list)
-        self.cutoffs: defaultdict[str, float] = defaultdict(lambda: 1.0)
+        self.cutoffs: dict[str, float] = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -51,7 +51,7 @@ class FeatureStore:
         draws = torch.rand(len(features), generator=self.generator, dtype=torch.float64).tolist()
         for row, path, product, priority in zip(features, paths, products, draws, strict=True):
             self.number += 1
-            if priority < self.cutoffs[product]:
+            if priority < self.cutoffs.get(product, 1.0):
                 self.keep(Row(-priority, self.number, path, product, row.detach().cpu().float().clone()))
 
     def keep(self, row: Row) -> None:
@@ -78,14 +78,14 @@ class FeatureStore:
         """
         own, result = self.rows(), FeatureStore(self.budget * processes)
         for source in range(processes):
-            for product, cutoff in broadcast(dict(self.cutoffs), source).items():
-                result.cutoffs[product] = min(result.cutoffs[product], cutoff)
+            for product, cutoff in broadcast(self.cutoffs, source).items():
+                result.cutoffs[product] = min(result.cutoffs.get(product, 1.0), cutoff)
         files: set[str] = set()
         for source in range(processes):
             for start in range(0, broadcast(len(own), source), CHUNK):
                 chunk: Iterable[Row] = broadcast(own[start : start + CHUNK] if source == rank else None, source)
                 for row in chunk:
-                    if row.path not in files and -row.key < result.cutoffs[row.product]:
+                    if row.path not in files and -row.key < result.cutoffs.get(row.product, 1.0):
                         files.add(row.path)
                         result.keep(row)
         return result
