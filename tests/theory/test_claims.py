@@ -6,10 +6,10 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from anomalib_wtflow.diagnosis.measures import centripetal_component
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.path import ProbabilityPath
 from benchmarks.theory.centripetal import centripetal_components, largest_of_normals
-from anomalib_wtflow.diagnosis.measures import centripetal_component
 from benchmarks.theory.oracle import EmpiricalField
 from benchmarks.theory.singularity import lipschitz_growth
 from benchmarks.theory.trivial_field import trivial_field

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from anomalib_wtflow.flow.field import PointwiseField
 from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
-from anomalib_wtflow.flow.solver import AdaptiveSolver, Solver
+from anomalib_wtflow.flow.solver import Solver
+from benchmarks.theory.adaptive import AdaptiveSolver
 from benchmarks.theory.log_density import divergence, log_density
 from benchmarks.theory.oracle import EmpiricalField, GaussianField
 
