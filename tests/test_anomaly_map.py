@@ -1,8 +1,5 @@
 """Density proxy, anomaly map and image score against their formulas and anomalib's FastFlow."""
 
-import math
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -41,57 +38,18 @@ def test_density_of_each_layer(kind: str) -> None:
     torch.testing.assert_close(density_proxy(y, [2, 3], kind), expected)
 
 
-def bilinear(values: np.ndarray, factor: int) -> np.ndarray:
-    """Up-sampling of (H, W) by a whole factor: between the centres of the pixels, and constant beyond the outermost."""
-    for axis in (0, 1):
-        centres = np.arange(values.shape[axis])
-        at = (np.arange(factor * len(centres)) + 0.5) / factor - 0.5
-        values = np.apply_along_axis(lambda line, at=at, centres=centres: np.interp(at, centres, line), axis, values)
-    return values
-
-
-def by_loops(y: torch.Tensor, channels: list[int], detail: list[int], kind: str) -> torch.Tensor:
-    """Log densities at each finer position, by loops over images, layers, cells and the positions in them."""
-    count, _, height, width = y.shape
-    finest = max(detail)
-    result = np.empty((count, len(channels), finest * height, finest * width))
-    for n, layer in product(range(count), range(len(channels))):
-        r, size = detail[layer], channels[layer]
-        first = sum(c * k * k for c, k in zip(channels[:layer], detail[:layer], strict=True))
-        fine = np.empty((r * height, r * width))
-        for row, column, i, j in product(range(height), range(width), range(r), range(r)):
-            vector = [float(y[n, first + c * r * r + r * i + j, row, column]) for c in range(size)]
-            energy = sum(value**2 for value in vector) / (2 * size)
-            fine[r * row + i, r * column + j] = -energy if kind == "gaussian" else -math.log(1 + 4 * energy)
-        result[n, layer] = bilinear(fine, finest // r)
-    return torch.from_numpy(result)
-
-
 @pytest.mark.parametrize("kind", DENSITIES)
-@pytest.mark.parametrize("detail", [[4, 2, 1], [2, 2, 1], [2, 1, 1], [1, 2, 2], [1, 1, 1]])
-def test_density_at_finer_positions(kind: str, detail: list[int]) -> None:
-    channels = [2, 1, 3]
-    y = torch.randn(2, sum(c * r * r for c, r in zip(channels, detail, strict=True)), 3, 2, dtype=torch.float64)
-    expected = by_loops(y, channels, detail, kind)
-    torch.testing.assert_close(density_proxy(y, channels, kind, detail), expected)
-    assert expected.shape == (2, 3, 3 * max(detail), 2 * max(detail))
-
-
-@pytest.mark.parametrize("kind", DENSITIES)
-@pytest.mark.parametrize("detail", [[4, 2, 1], [1, 1, 1], None])
-def test_an_exported_density_is_that_of_eager_torch(kind: str, detail: list[int] | None) -> None:
+def test_an_exported_density_is_that_of_eager_torch(kind: str) -> None:
     """Whose graph sums the squares by a convolution."""
-    channels = [2, 1, 3]
-    places = [r * r for r in detail or [1, 1, 1]]
 
     class Proxy(torch.nn.Module):
         def forward(self, y: torch.Tensor) -> torch.Tensor:
-            return density_proxy(y, channels, kind, detail)
+            return density_proxy(y, [2, 1, 3], kind)
 
-    y = torch.randn(2, sum(c * k for c, k in zip(channels, places, strict=True)), 3, 2, dtype=torch.float64)
+    y = torch.randn(2, 6, 3, 2, dtype=torch.float64)
     exported = torch.export.export(Proxy(), (y,)).module()
     assert "conv2d" in exported.code
-    torch.testing.assert_close(exported(y), density_proxy(y, channels, kind, detail))
+    torch.testing.assert_close(exported(y), density_proxy(y, [2, 1, 3], kind))
 
 
 def test_map_weighs_layers_alike_and_score_by_channels() -> None:
@@ -293,9 +251,3 @@ def test_score_window() -> None:
     for image, got in zip(values, score.tolist(), strict=True):
         means = [image[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].mean() for i in range(5) for j in range(6)]
         assert got == pytest.approx(np.sort(means)[-3:].mean(), rel=1e-5)
-
-
-def test_layers_must_be_those_announced() -> None:
-    generator = AnomalyMapGenerator(image_score="features", channels=[1, 2, 3])
-    with pytest.raises(ValueError, match="The density proxy has 2 layers and the generator 3"):
-        generator(torch.zeros(1, 2, 4, 4), (8, 8), ONE)

@@ -55,7 +55,6 @@ NUMBERS: dict[str, tuple[float, float, Callable[[float], bool], str]] = {
 WHOLE: dict[str, tuple[Callable[[int], bool], str]] = {
     "pool_size": (lambda k: k >= 1 and k % 2 == 1, "an odd number of at least 1"),
     "pool_stride": (lambda k: k >= 1, "a whole number of at least 1"),
-    "detail": (lambda k: k >= 1, "a whole number of at least 1"),
     "width": (lambda k: k >= 2 and k % 2 == 0, "an even number of at least 2"),
     "depth": (lambda k: k >= 1, "a whole number of at least 1"),
     "steps": (lambda k: k >= 1, "a whole number of at least 1"),

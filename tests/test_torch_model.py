@@ -55,23 +55,11 @@ def test_several_steps_follow_the_mean_velocity() -> None:
     torch.testing.assert_close(model.flow(x0, first(1)), x0 + 2)
 
 
-@pytest.mark.parametrize("detail", [1, 2, 3])
-def test_detail_is_that_of_each_layer(detail: int) -> None:
-    """At most as fine as the layer itself: 4, 2 and 1 positions a side for strides 4, 8 and 16."""
-    model = WTFlowModel(get_settings(detail=detail, width=8))
-    finer = [min(detail, most) for most in (4, 2, 1)]
-    assert model.detail == model.field.detail == model.sampling.detail == finer
-    assert model.channels == model.field.channels == model.sampling.channels == [24, 40, 112]
-    assert model.extract(torch.randn(1, 3, 64, 80)).shape == (1, 24 * finer[0] ** 2 + 40 * finer[1] ** 2 + 112, 4, 5)
-    y = torch.randn(1, model.normalization.mean.numel(), 4, 5)
-    assert model.log_density(y).shape == (1, 3, 4 * finer[0], 5 * finer[0])
-
-
 @pytest.mark.parametrize("size", [(100, 75), (64, 200), (67, 61)])
-@pytest.mark.parametrize(("network", "coarsest", "detail"), [("pointwise", "blocks.4", 2), ("unet", "blocks.2", 2)])
-def test_any_input_size(size: tuple[int, int], network: str, coarsest: str, detail: int) -> None:
+@pytest.mark.parametrize(("network", "coarsest"), [("pointwise", "blocks.4"), ("unet", "blocks.2")])
+def test_any_input_size(size: tuple[int, int], network: str, coarsest: str) -> None:
     """The U-Net needs 8 x 8 positions of the coarsest layer. Each image is scored by itself."""
-    model = fitted(layers=["blocks.1", coarsest], network=network, detail=detail)
+    model = fitted(layers=["blocks.1", coarsest], network=network)
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         result, alone = model(images), model(images[1:])

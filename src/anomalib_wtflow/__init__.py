@@ -6,13 +6,13 @@ The names below are loaded on first use, so that ``import anomalib_wtflow`` cost
 TYPE_CHECKING = False  # `typing` would cost every interpreter 15 ms, through the .pth file
 
 if TYPE_CHECKING:
-    from anomalib_wtflow.products.datamodule import Products
     from anomalib_wtflow.baselines import FastflowBaseline
     from anomalib_wtflow.data.synthetic import SyntheticParts
     from anomalib_wtflow.diagnosis.diagnose import diagnose
     from anomalib_wtflow.lightning_model import WTFlow
     from anomalib_wtflow.operation.calibrate import calibrate
     from anomalib_wtflow.post_processor import WTFlowPostProcessor
+    from anomalib_wtflow.products.datamodule import Products
     from anomalib_wtflow.torch_model import WTFlowModel
 
 __version__ = "0.1.0"

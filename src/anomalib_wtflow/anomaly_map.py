@@ -40,52 +40,27 @@ def student(energy: Tensor) -> Tensor:
 DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian, "student": student}
 
 
-def density_proxy(
-    y: Tensor, channels: Sequence[int] | None = None, kind: str = "gaussian", detail: Sequence[int] | None = None
-) -> Tensor:
+def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = "gaussian") -> Tensor:
     """``log q(e_l)`` with ``e_l = 1/2 mean_c y_c^2`` over the channels of layer l, at each position.
 
     With one layer and ``gaussian``, ``log q = -1/2 mean_c y_c^2`` (arXiv 2508.05461); layers by themselves are ours.
 
     Args:
-        y: End points of the flow, ``(N, sum_l C_l r_l^2, H, W)``.
-        channels: Channels C_l of each of the L layers at a position; None for a single layer.
+        y: End points of the flow, ``(N, sum_l C_l, H, W)``.
+        channels: Channels C_l of each of the L layers; None for a single layer.
         kind: One of :data:`DENSITIES`.
-        detail: Finer positions a side r_l that each layer has in one of y's, in its channels; None for 1.
 
     Returns:
-        ``(N, L, r H, r W)``, r being the largest r_l; coarser layers are up-sampled bilinearly. At most 0; near 0 is
-        normal.
+        ``(N, L, H, W)``, at most 0; near 0 is normal.
     """
     sizes = [y.shape[1]] if channels is None else list(channels)
-    finer = list(detail or [1] * len(sizes))
-    positions = [r * r for r in finer]
     squares = y.square()
     if torch.compiler.is_exporting():  # one convolution where the graph would hold three operations for each layer
-        blocks = [
-            torch.eye(count, dtype=y.dtype).repeat(1, size) * (0.5 / size)
-            for size, count in zip(sizes, positions, strict=True)
-        ]
-        energy = F.conv2d(squares, torch.block_diag(*blocks).to(y.device)[:, :, None, None])
+        blocks = [y.new_full((1, size), 0.5 / size) for size in sizes]
+        energy = F.conv2d(squares, torch.block_diag(*blocks)[:, :, None, None])
     else:
-        layers = squares.split([size * count for size, count in zip(sizes, positions, strict=True)], dim=1)
-        means = [
-            layer.unflatten(1, (size, count)).mean(dim=1)
-            for layer, size, count in zip(layers, sizes, positions, strict=True)
-        ]
-        energy = 0.5 * torch.cat(means, dim=1)
-    log_density = DENSITIES[kind](energy)
-    if max(finer) == 1:
-        return log_density
-    size = [max(finer) * side for side in y.shape[-2:]]
-    maps = [F.pixel_shuffle(layer, r) for layer, r in zip(log_density.split(positions, dim=1), finer, strict=True)]
-    return torch.cat(
-        [
-            layer if r == max(finer) else F.interpolate(layer, size=size, mode="bilinear", align_corners=False)
-            for layer, r in zip(maps, finer, strict=True)
-        ],
-        dim=1,
-    )
+        energy = 0.5 * torch.stack([layer.mean(dim=1) for layer in squares.split(sizes, dim=1)], dim=1)
+    return DENSITIES[kind](energy)
 
 
 def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.device | None = None) -> Tensor:
@@ -174,7 +149,7 @@ class AnomalyMapGenerator(nn.Module):
         """Make the map and the score.
 
         Args:
-            log_density: ``log q_l``, ``(N, L, H, W)``; ``(N, 1, H, W)`` for one that is not split into layers.
+            log_density: ``log q_l``, ``(N, L, H, W)``.
             image_size: Height and width of the model's input.
             index: Index of each image's product, whose slope and limit hold, ``(N,)``.
 
@@ -182,7 +157,7 @@ class AnomalyMapGenerator(nn.Module):
             The anomaly map, ``(N, 1, *image_size)``, and the image score, ``(N,)``; both at least 0.
 
         Raises:
-            WTFlowError: If the image is smaller than the Gaussian, or the layers are not those of ``channels``.
+            WTFlowError: If the image is smaller than the Gaussian.
         """
         anomaly_map = self.map(log_density, image_size)
         return anomaly_map, self.score(self.values(log_density, anomaly_map), index)
@@ -215,18 +190,11 @@ class AnomalyMapGenerator(nn.Module):
         """Return what the image score is taken from: ``(N, 1, H, W)``, at the map's pixels or the features' positions.
 
         The map is needed only where the score is taken from it.
-
-        Raises:
-            WTFlowError: If the layers are not those of ``channels``.
         """
         if self.image_score == "map":
             assert anomaly_map is not None
             return anomaly_map
-        layers, expected = log_density.shape[1], self.weights.shape[1]
-        if layers not in (1, expected):
-            msg = f"The density proxy has {layers} layers and the generator {expected}: give it the channels of each."
-            raise WTFlowError(msg)
-        values = -(self.weights * log_density).sum(dim=1, keepdim=True) if layers == expected else -log_density
+        values = -(self.weights * log_density).sum(dim=1, keepdim=True)
         return F.avg_pool2d(values, WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
     def score(self, values: Tensor, index: Tensor) -> Tensor:

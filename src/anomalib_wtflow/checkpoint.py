@@ -1,6 +1,6 @@
 """What a checkpoint says of its model, and which checkpoints a model takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.settings import Settings, declared, option
-from anomalib_wtflow.torch_model import broken_tensors
 
 KEY = "wtflow"
 """Entry of a checkpoint with the version, the settings, the products and the marks of images."""
@@ -53,6 +52,21 @@ def raise_for_content(checkpoint: Any) -> None:
     if broken:
         msg = f"'{broken[0]}' in the checkpoint is NaN or infinite: give another checkpoint, or train the model again."
         raise WTFlowError(msg)
+
+
+def broken_tensors(state: Mapping[str, Tensor], prefix: str = "") -> Iterator[str]:
+    """Yield the names in a model's state, all behind a prefix, of weights and statistics that are NaN or infinite.
+
+    The limit of the background level may be infinite, and the recogniser's where there is one product.
+    """
+    limits = {f"{prefix}anomaly_map_generator.limit"}
+    if len(state.get(f"{prefix}class_embeddings", ())) <= 1:
+        limits.add(f"{prefix}recognizer.limit")
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            sound = tensor > -torch.inf if name in limits else tensor.isfinite()
+            if not sound.all():
+                yield name
 
 
 def raise_for_settings(checkpoint: Mapping[str, Any], settings: Settings) -> None:

@@ -6,7 +6,6 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.regression import FieldTraining, TrainingPlan, fit_field
 from anomalib_wtflow.products.recognition import Recognition
 from anomalib_wtflow.settings import Settings
@@ -20,31 +19,6 @@ BACKGROUND_IMAGES, FEWEST, MOST = 96, 24, 768
 def plan_of(settings: Settings) -> TrainingPlan:
     """Return the settings of a training."""
     return TrainingPlan(**{each.name: getattr(settings, each.name) for each in fields(TrainingPlan)})
-
-
-def hold_out(products: Sequence[str], ratio: float, seed: int = 0) -> Tensor:
-    """Draw a share of the images of each product, at least one, as a mask ``(M,)``.
-
-    Args:
-        products: Product of each image.
-        ratio: Share in (0, 1).
-        seed: Seed of the draw: not the model's, so that trainings with different seeds hold the same images out.
-
-    Raises:
-        WTFlowError: If none would be left of a product.
-    """
-    held = torch.zeros(len(products), dtype=torch.bool)
-    for name in sorted(set(products)):
-        own = torch.tensor([k for k, product in enumerate(products) if product == name])
-        count = max(1, round(ratio * len(own)))
-        if count >= len(own):
-            msg = (
-                f"The product '{name}' has {len(own)} normal training image: give at least 2, one to train on and one "
-                "for the threshold, and 100 or more for a low false-alarm rate."
-            )
-            raise WTFlowError(msg)
-        held[own[torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:count]]] = True
-    return held
 
 
 def _batches(rows: Sequence[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from anomalib_wtflow.conformal import images_needed
 from anomalib_wtflow.errors import WTFlowError
-from anomalib_wtflow.fit import hold_out
 from anomalib_wtflow.flow.finite import finite
 
 DEEP_MODES = "IF"
@@ -69,6 +68,31 @@ def threshold_images(
         return set(), set(good)
     held = hold_out(list(training.values()), ratio)
     return {path for path, is_held in zip(training, held.tolist(), strict=True) if is_held}, set(good)
+
+
+def hold_out(products: Sequence[str], ratio: float, seed: int = 0) -> Tensor:
+    """Draw a share of the images of each product, at least one, as a mask ``(M,)``.
+
+    Args:
+        products: Product of each image.
+        ratio: Share in (0, 1).
+        seed: Seed of the draw: not the model's, so that trainings with different seeds hold the same images out.
+
+    Raises:
+        WTFlowError: If none would be left of a product.
+    """
+    held = torch.zeros(len(products), dtype=torch.bool)
+    for name in sorted(set(products)):
+        own = torch.tensor([k for k, product in enumerate(products) if product == name])
+        count = max(1, round(ratio * len(own)))
+        if count >= len(own):
+            msg = (
+                f"The product '{name}' has {len(own)} normal training image: give at least 2, one to train on and one "
+                "for the threshold, and 100 or more for a low false-alarm rate."
+            )
+            raise WTFlowError(msg)
+        held[own[torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))[:count]]] = True
+    return held
 
 
 def good_validation_images(trainer: Any, training: Mapping[str, str]) -> dict[str, str]:

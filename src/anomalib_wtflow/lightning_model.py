@@ -94,8 +94,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         if self.settings.start_from is not None:
             self._start_from(self.settings.start_from)
 
-    # Components ------------------------------------------------------------------------------------------------------
-
     @classmethod
     def configure_pre_processor(
         cls, image_size: int | tuple[int, int] | None = None, backbone: str = DEFAULT_BACKBONE
@@ -138,8 +136,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
 
     def configure_optimizers(self) -> None:
         """Build none: :meth:`fit` has its own."""
-
-    # Training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Start a new fit."""
@@ -210,8 +206,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         if len(losses) < self.settings.max_epochs:
             rank_zero_info(f"The fit stopped after {len(losses)} epochs: the loss no longer falls (setting plateau).")
 
-    # Products --------------------------------------------------------------------------------------------------------
-
     def _product_name(self) -> str:
         """Return what the images of a data module without products show: its category, or its name."""
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -238,8 +232,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         self.known_products = self.products = list(checkpoint[KEY]["products"])
 
-    # Scoring ---------------------------------------------------------------------------------------------------------
-
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score one batch of images.
 
@@ -257,13 +249,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         batch.raw_score = predictions.pred_score  # type: ignore[attr-defined]
         return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
 
-    def test_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score one batch of images."""
-        return self.validation_step(batch, *args, **kwargs)
-
-    def predict_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Score one batch of images."""
-        return self.validation_step(batch, *args, **kwargs)
+    test_step = predict_step = validation_step
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
         """Score images as an export does: pre-processed, normalised and labelled."""
@@ -271,8 +257,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         if isinstance(result, InferenceBatch):
             return result
         return InferenceBatch(result.pred_score, None, result.anomaly_map)
-
-    # Checkpoints -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:

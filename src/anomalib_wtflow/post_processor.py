@@ -55,7 +55,6 @@ class WTFlowPostProcessor(PostProcessor):
         self.false_alarm_rate = false_alarm_rate
         for name in self.per_product:
             self.register_buffer(name, torch.full((1,), torch.nan))
-        self._remember(torch.empty(0), torch.empty(0, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_make_room)
         self.begin([""])
 
@@ -73,8 +72,6 @@ class WTFlowPostProcessor(PostProcessor):
         """Threshold of maps; NaN if it is not set."""
         return super().pixel_threshold if self.false_alarm_rate is None else self._pixel_threshold
 
-    # Thresholds ------------------------------------------------------------------------------------------------------
-
     def begin(self, products: list[str], validation_images: Collection[str] = (), held: Scores | None = None) -> None:
         """Begin to gather the scores that the thresholds come from.
 
@@ -83,6 +80,7 @@ class WTFlowPostProcessor(PostProcessor):
             validation_images: Files of the validation images to use.
             held: Scores of images that were held out of the training.
         """
+        self._remember(torch.empty(0), torch.empty(0, dtype=torch.int64))
         self.products, self.validation_images = products, set(validation_images)
         self.gathered: dict[str, tuple[float, float, int]] = {}
         self.held = held
@@ -113,14 +111,13 @@ class WTFlowPostProcessor(PostProcessor):
         Raises:
             WTFlowError: If there are no good images for the threshold of a product.
         """
-        for rank in range(trainer.world_size if trainer.world_size > 1 else 0):
-            self.gathered |= trainer.strategy.broadcast(self.gathered, rank)
-        rows = [self.gathered[path] for path in sorted(self.gathered)]
-        columns = zip(*rows, strict=True) if rows else ([], [], [])
-        scores = Scores(*(torch.tensor(list(each)) for each in columns))
+        if trainer.world_size > 1:
+            for rank in range(trainer.world_size):
+                self.gathered |= trainer.strategy.broadcast(self.gathered, rank)
+        rows = torch.tensor([self.gathered[path] for path in sorted(self.gathered)]).view(-1, 3)
+        scores = Scores(rows[:, 0], rows[:, 1], rows[:, 2].long())
         if self.held is not None:
-            scores = Scores(*(torch.cat(pair) for pair in zip(self.held, scores, strict=True)))
-        scores = scores._replace(index=scores.index.long())
+            scores = Scores(*map(torch.cat, zip(self.held, scores, strict=True)))
         missing = set(range(len(self.products))) - set(scores.index.tolist())
         if missing:
             msg = (
@@ -155,21 +152,21 @@ class WTFlowPostProcessor(PostProcessor):
         self._remember(*(torch.cat([old[kept], new.to(old)]) for old, new in pairs))
 
     def _report(self) -> None:
-        few, counts = [], self.calibration_images.tolist()
-        assert self.false_alarm_rate is not None
-        for k, (name, n) in enumerate(zip(self.products, counts, strict=True)):
+        asked, few = self.false_alarm_rate, []
+        assert asked is not None
+        columns = (self.products, self.image_threshold, self.calibration_images, self.effective_false_alarm_rate)
+        for name, threshold, n, rate in zip(*columns, strict=True):
             of = f" of '{name}'" if len(self.products) > 1 else ""
-            rate = float(self.effective_false_alarm_rate[k])
             rank_zero_info(
-                f"Threshold{of}: {float(self.image_threshold[k]):.4g}, from {n} good images that were not trained on. "
-                f"At most {rate:.2%} of good images exceed it."
+                f"Threshold{of}: {float(threshold):.4g}, from {n} good images that were not trained on. At most "
+                f"{float(rate):.2%} of good images exceed it."
             )
-            if rate > self.false_alarm_rate * (1 + 1e-6):  # the buffer is float32
-                few.append(f"{n}{of} guarantee {rate:.4f}")
+            if rate > asked * (1 + 1e-6):  # the buffer is float32
+                few.append(f"{n}{of} guarantee {float(rate):.4f}")
         if few:
             rank_zero_warn(
-                f"false_alarm_rate={self.false_alarm_rate} needs at least {images_needed(self.false_alarm_rate)} good "
-                f"images for the threshold, and {'; '.join(few)}: give more good images."
+                f"false_alarm_rate={asked} needs at least {images_needed(asked)} good images for the threshold, and "
+                f"{'; '.join(few)}: give more good images."
             )
 
     @property
@@ -193,8 +190,6 @@ class WTFlowPostProcessor(PostProcessor):
     def _remember(self, scores: Tensor, index: Tensor) -> None:
         self.register_buffer("calibration_scores", scores)
         self.register_buffer("calibration_index", index)
-
-    # Application -----------------------------------------------------------------------------------------------------
 
     def forward(self, predictions: Any) -> InferenceBatch:
         """Normalise and label raw predictions, in Python and in exported graphs; what is not finite is anomalous.

@@ -78,9 +78,6 @@ class Settings:
         3, whole(1, 2, "an odd number"), "Side of the window that the features are averaged over; 1 for none."
     )
     pool_stride: int = setting(1, whole(1), "Stride of that window.")
-    detail: int = setting(
-        1, whole(1), "Positions a side that a finer layer keeps for each of the coarsest, at most what it has."
-    )
     normalization: str = setting(
         "channel",
         one_of(NORMALIZATIONS),
@@ -92,8 +89,7 @@ class Settings:
     width: int | None = setting(
         None,
         optional(whole(2, 2, "an even number")),
-        "Its width; null for its own: 32 times the root of the layer's channels, from 64 to 384 (96 at a finer layer's "
-        "positions), or 48 for unet.",
+        "Its width; null for its own: 32 times the root of the layer's channels, from 64 to 384, or 48 for unet.",
     )
     depth: int | None = setting(None, optional(whole(1)), "Its depth; null for the network's own: 1, or 2 for unet.")
     path: str = setting("variance_preserving", one_of(PATHS), "Probability path; the first two are the paper's.")

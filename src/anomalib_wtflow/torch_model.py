@@ -1,6 +1,5 @@
 """WT-Flow in plain torch: features, normalisation, vector field, flow, density proxy, anomaly map."""
 
-from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.features.backbone import FeatureExtractor
 from anomalib_wtflow.flow.field import Field, get_field
 from anomalib_wtflow.flow.finite import nan_unless_finite
-from anomalib_wtflow.flow.normalization import get_normalization
+from anomalib_wtflow.flow.normalization import NORMALIZATIONS
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.rows import EMBEDDING_CHANNELS, allocate, class_embeddings
 from anomalib_wtflow.flow.sampling import PositionSampling
@@ -55,17 +54,17 @@ class WTFlowModel(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the weights of a random backbone depend on the seed alone
             torch.default_generator.manual_seed(s.seed)
             self.feature_extractor = FeatureExtractor(
-                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.detail, s.image_size
+                s.backbone, s.layers, s.pre_trained, s.weights, s.pool_size, s.pool_stride, s.image_size
             )
-        self.channels, self.detail = self.feature_extractor.channels, self.feature_extractor.detail
-        self.normalization = get_normalization(s.normalization, self.feature_extractor.out_channels)
+        self.channels = self.feature_extractor.channels
+        self.normalization = NORMALIZATIONS[s.normalization](self.feature_extractor.out_channels)
         self.field = self.build_field()
         self.anomaly_map_generator = self.build_anomaly_map_generator()
         self.recognizer = ProductRecognizer(self.feature_extractor.out_channels)
         self.class_embeddings: Tensor
         self.register_buffer("class_embeddings", class_embeddings(1))
         self.register_load_state_dict_pre_hook(_make_room)
-        self.sampling = PositionSampling(self.channels, self.detail, s.importance) if self.field.pointwise else None
+        self.sampling = PositionSampling(self.channels, s.importance) if self.field.pointwise else None
 
     def train(self, mode: bool = True) -> "WTFlowModel":
         """Stay in evaluation mode."""
@@ -77,7 +76,7 @@ class WTFlowModel(nn.Module):
         s = self.settings
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(s.seed)
-            return get_field(s.network, self.channels, s.width, s.depth, self.detail, EMBEDDING_CHANNELS)
+            return get_field(s.network, self.channels, s.width, s.depth, EMBEDDING_CHANNELS)
 
     def build_anomaly_map_generator(self) -> AnomalyMapGenerator:
         """Build an anomaly map generator that is not fitted."""
@@ -90,9 +89,9 @@ class WTFlowModel(nn.Module):
         """Make room for ``count`` products, of which the first ``known`` keep their statistics."""
         allocate(self, count)
         self.class_embeddings = class_embeddings(count).to(self.class_embeddings)
-        for part in (self.recognizer, self.normalization):
-            if "fitted_rows" in dict(part.named_buffers()):
-                part.get_buffer("fitted_rows")[known:] = False
+        for name, rows in self.named_buffers():
+            if name.endswith("fitted_rows"):
+                rows[known:] = False
 
     @property
     def fitted(self) -> bool:
@@ -135,8 +134,8 @@ class WTFlowModel(nn.Module):
         return x0 + self.solver.mean_velocity(field, self.start_scale * x0, self.settings.start_time, 1.0)
 
     def log_density(self, y: Tensor) -> Tensor:
-        """Density proxy of end points ``(N, C, H, W)`` in each of the L layers, ``(N, L, r H, r W)``."""
-        return density_proxy(y, self.channels, self.settings.density, self.detail)
+        """Density proxy of end points ``(N, C, H, W)`` in each of the L layers, ``(N, L, H, W)``."""
+        return density_proxy(y, self.channels, self.settings.density)
 
     def score(self, x0: Tensor, recognition: Recognition, image_size: tuple[int, int] | torch.Size) -> Predictions:
         """Score normalised features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).
@@ -162,21 +161,6 @@ class WTFlowModel(nn.Module):
         """Score pre-processed images ``(N, 3, H, W)``."""
         result = self.predict(self.extract(images), images.shape[-2:])
         return result._replace(pred_score=nan_unless_finite(result.pred_score, images))
-
-
-def broken_tensors(state: Mapping[str, Tensor], prefix: str = "") -> Iterator[str]:
-    """Yield the names in a model's state, all behind a prefix, of weights and statistics that are NaN or infinite.
-
-    The limit of the background level may be infinite, and the recogniser's where there is one product.
-    """
-    limits = {f"{prefix}anomaly_map_generator.limit"}
-    if len(state.get(f"{prefix}class_embeddings", ())) <= 1:
-        limits.add(f"{prefix}recognizer.limit")
-    for name, tensor in state.items():
-        if name.startswith(prefix):
-            sound = tensor > -torch.inf if name in limits else tensor.isfinite()
-            if not sound.all():
-                yield name
 
 
 def _make_room(model: WTFlowModel, state: dict[str, Any], prefix: str, *_: Any) -> None:

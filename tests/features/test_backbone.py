@@ -1,6 +1,5 @@
 """Backbones: packaged weights, weights files, layers at one scale, and the errors a user can make."""
 
-from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,37 +48,6 @@ def test_default_features_are_timms() -> None:
     assert extractor.out_channels == 40 + 112
     expected = torch.cat([F.avg_pool2d(fine, 2), coarse], 1)
     torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
-    # At twice the size of the coarsest the fine layer is as it is, and the finest averaged over 2 x 2 positions.
-    detailed = FeatureExtractor(detail=2)(images)
-    expected = torch.cat([F.pixel_unshuffle(F.avg_pool2d(finest, 2), 2), F.pixel_unshuffle(fine, 2), coarse], 1)
-    torch.testing.assert_close(detailed, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("detail", "finer"), [(1, [1, 1, 1]), (2, [2, 2, 1]), (3, [3, 2, 1]), (9, [4, 2, 1])])
-def test_finer_positions_are_kept_in_the_channels(detail: int, finer: list[int]) -> None:
-    """Loops over the cells of the coarsest layer and the positions in them, each layer averaged and resized by itself.
-
-    No layer has more positions a side than it is finer than the coarsest.
-    """
-    images = torch.randn(2, 3, 96, 160)
-    extractor = FeatureExtractor(pool_size=3, detail=detail)
-    layers = ("blocks.1", "blocks.2", "blocks.4")
-    maps = [FeatureExtractor(layers=[name], pool_size=3)(images) for name in layers]
-    height, width = maps[-1].shape[-2:]
-    assert (height, width) == (6, 10)
-    assert extractor.channels == [24, 40, 112]
-    assert extractor.detail == finer
-    assert extractor.out_channels == sum(c * r * r for c, r in zip(extractor.channels, finer, strict=True))
-    features = extractor(images)
-    assert features.shape == (2, extractor.out_channels, height, width)
-    first = 0
-    for layer, channels, r in zip(maps, extractor.channels, finer, strict=True):
-        resized = F.interpolate(layer, size=(r * height, r * width), mode="bilinear")
-        for row, column, i, j in product(range(height), range(width), range(r), range(r)):
-            at = [first + c * r * r + i * r + j for c in range(channels)]
-            position = resized[:, :, r * row + i, r * column + j]
-            torch.testing.assert_close(features[:, at, row, column], position, rtol=1e-4, atol=1e-4)
-        first += channels * r * r
 
 
 def test_nothing_runs_behind_the_last_layer() -> None:
@@ -90,8 +58,8 @@ def test_nothing_runs_behind_the_last_layer() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 64), (100, 230), (33, 33)])
 def test_any_input_size(size: tuple[int, int]) -> None:
-    features = FeatureExtractor(detail=2)(torch.rand(1, 3, *size))
-    assert features.shape[1:] == (24 * 4 + 40 * 4 + 112, *(-(-side // 16) for side in size))
+    features = FeatureExtractor()(torch.rand(1, 3, *size))
+    assert features.shape[1:] == (24 + 40 + 112, *(-(-side // 16) for side in size))
     assert features.isfinite().all()
 
 

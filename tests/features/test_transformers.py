@@ -72,7 +72,7 @@ def test_maps_are_the_patch_tokens_without_the_prefix(name: str, prefix: int, pa
 def test_hierarchies_are_stacked_by_stride(name: str, size: tuple[int, int] | None, tmp_path: Path) -> None:
     """Swin's maps have their channels last; the names of ConvNeXt's weights are others in timm's own extractor."""
     model = randomised(name, size)
-    extractor = extractor_of(model, name, tmp_path, detail=4, image_size=size)
+    extractor = extractor_of(model, name, tmp_path, image_size=size)
     images = torch.randn(1, 3, 64, 96)
     strides = [layer["reduction"] for layer in model.feature_info]
     with torch.no_grad():

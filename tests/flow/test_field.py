@@ -1,20 +1,17 @@
 """Vector fields: sizes, receptive fields, time dependence."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
 
 from anomalib_wtflow.flow.field import (
     FIELDS,
-    LayerwiseField,
     PointwiseField,
     TimeEmbedding,
     UNetField,
     get_field,
     pointwise_width,
-    stacked,
 )
 
 
@@ -49,8 +46,9 @@ def test_pointwise_formula() -> None:
         return z / (1 + (-z).exp())
 
     times = [time(embedding)[:, :, None, None] for time in field.time]
-    h = apply(field.stem, x) + apply(field.outer[0], silu(apply(field.inner[0], x) + times[0]))
-    h = h + apply(field.outer[1], silu(apply(field.inner[1], h) + times[1]))
+    linear, inner = apply(field.stem, x).split(4, dim=1)
+    h = linear + apply(field.outer[0], silu(inner + times[0]))
+    h = h + apply(field.outer[1], silu(apply(field.inner[0], h) + times[1]))
     torch.testing.assert_close(field(x, t), apply(field.head, silu(h)))
 
 
@@ -104,72 +102,8 @@ def test_layers_have_networks_of_their_own(name: str) -> None:
     assert not hasattr(get_field(name, [3], width=8), "fields")
 
 
-DETAIL = [3, 2, 1]
-CHANNELS = [2, 1, 4]
-
-
-def fine_map(x: torch.Tensor, channels: int, r: int) -> torch.Tensor:
-    """The map at finer positions, by explicit loops: channel c of position (i, j) in a cell is ``c r^2 + i r + j``."""
-    fine = x.new_empty(len(x), channels, r * x.shape[2], r * x.shape[3])
-    for c, i, j in product(range(channels), range(r), range(r)):
-        for row, column in product(range(x.shape[2]), range(x.shape[3])):
-            fine[:, c, r * row + i, r * column + j] = x[:, (c * r + i) * r + j, row, column]
-    return fine
-
-
-@pytest.mark.parametrize("name", list(FIELDS))
-def test_networks_work_at_finer_positions(name: str) -> None:
-    """Each network's velocity at the map of its finer positions, put back where they came from."""
-    field = get_field(name, CHANNELS, width=8, depth=1, detail=DETAIL).double().eval()
-    sizes = [2 * 9, 1 * 4, 4]
-    assert stacked(CHANNELS, DETAIL) == sizes
-    x, t = torch.randn(2, sum(sizes), 8, 9, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    with torch.no_grad():
-        velocities = field(x, t).split(sizes, dim=1)
-        for network, layer, v, c, r in zip(
-            field.fields, x.split(sizes, dim=1), velocities, CHANNELS, DETAIL, strict=True
-        ):
-            torch.testing.assert_close(fine_map(v, c, r), network(fine_map(layer, c, r), t))
-
-
-def test_pointwise_networks_see_each_finer_position_by_itself() -> None:
-    """A loop over the finer positions of each layer, without any map of them."""
-    field = get_field("pointwise", CHANNELS, width=8, detail=DETAIL).double()
-    sizes = stacked(CHANNELS, DETAIL)
-    x, t = torch.randn(2, sum(sizes), 3, 4, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    expected = torch.empty_like(x)
-    for network, first, c, r in zip(field.fields, (0, 18, 22), CHANNELS, DETAIL, strict=True):
-        for k in range(r * r):
-            channels = [first + channel * r * r + k for channel in range(c)]
-            expected[:, channels] = network(x[:, channels], t)
-    torch.testing.assert_close(field(x, t), expected)
-
-
-def test_velocity_at_points_is_that_of_the_map() -> None:
-    """Any positions of each layer, in any order, with the map's own velocity there."""
-    field = get_field("pointwise", CHANNELS, width=8, detail=DETAIL).double()
-    sizes = stacked(CHANNELS, DETAIL)
-    x, t = torch.randn(2, sum(sizes), 3, 4, dtype=torch.float64), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    shown, expected = [], []
-    for layer, v, c, r in zip(x.split(sizes, 1), field(x, t).split(sizes, 1), CHANNELS, DETAIL, strict=True):
-        positions = torch.randint(12 * r * r, (5,))
-        shown.append(fine_map(layer, c, r).flatten(2)[:, :, positions])
-        expected.append(fine_map(v, c, r).flatten(2)[:, :, positions])
-    points = torch.cat(shown, dim=1)[..., None]
-    torch.testing.assert_close(field.points(points, t), torch.cat(expected, dim=1)[..., None])
-    single = get_field("pointwise", [3], width=8)
-    some = torch.randn(2, 3, 5, 1)
-    assert torch.equal(single.points(some, torch.tensor([0.3])), single(some, torch.tensor([0.3])))
-
-
-def test_no_detail_is_one() -> None:
-    fields = [PointwiseField(2, width=8), PointwiseField(3, width=8)]
-    x, t = torch.randn(2, 5, 4, 4), torch.rand(2)
-    assert torch.equal(LayerwiseField(fields, [2, 3])(x, t), LayerwiseField(fields, [2, 3], [1, 1])(x, t))
-
-
 def test_widths_of_their_own() -> None:
-    """32 round(sqrt(C)) from 64 to 384, and 96 at finer positions; 48 for every U-Net; what is given goes for all."""
+    """32 round(sqrt(C)) from 64 to 384; 48 for every U-Net; a given width holds for all."""
     assert [pointwise_width(channels) for channels in (1, 4, 24, 40, 112, 144, 1024)] == [
         64,
         64,
@@ -179,10 +113,6 @@ def test_widths_of_their_own() -> None:
         384,
         384,
     ]
-    for name, width, expected in (
-        ("pointwise", None, [96, 64]),
-        ("unet", None, [48, 48]),
-        ("pointwise", 16, [16] * 2),
-    ):
-        field = get_field(name, [2, 3], width, detail=[2, 1])
-        assert [network.stem.out_channels for network in field.fields] == expected
+    for name, width, expected in (("pointwise", None, [64, 64]), ("unet", None, [48, 48]), ("pointwise", 16, [16, 16])):
+        field = get_field(name, [2, 3], width)
+        assert [network.head.in_channels for network in field.fields] == expected

@@ -49,7 +49,7 @@ def test_a_generator_draws_all() -> None:
         torch.manual_seed(elsewhere)
         before = torch.get_rng_state()
         generator = torch.Generator().manual_seed(seed)
-        shown = PositionSampling([3], [1])(x0, generator)
+        shown = PositionSampling([3])(x0, generator)
         field = Recorder()
         drawn = [shown, *regress(field, shown, PATH, independent, generator), field.asked[0][1]]
         assert torch.get_rng_state().equal(before)
@@ -61,15 +61,13 @@ def test_a_generator_draws_all() -> None:
 
 
 def test_a_field_is_fitted_to_what_is_sampled() -> None:
-    """Its velocity at points where positions are drawn, else that of whole maps."""
+    """At the positions that are drawn, or at whole maps."""
     x0, plan = torch.randn(5, 2, 6, 6), TrainingPlan(max_epochs=3, batch_size=4, averaging=0.0, plateau=0.0)
     whole, drawn = Recorder(), Recorder()
     fit_field(FieldTraining(whole, x0, PATH, "independent", plan))
     assert [x.shape for x, _ in whole.asked] == [(4, 2, 6, 6), (1, 2, 6, 6)] * 3
-    assert not whole.at_points
-    fit_field(FieldTraining(drawn, x0, PATH, "independent", plan, PositionSampling([2], [1])))
-    assert [x.shape for x, _ in drawn.at_points] == [(4, 2, LEAST, 1), (1, 2, LEAST, 1)] * 3
-    assert not drawn.asked
+    fit_field(FieldTraining(drawn, x0, PATH, "independent", plan, PositionSampling([2])))
+    assert [x.shape for x, _ in drawn.asked] == [(4, 2, LEAST, 1), (1, 2, LEAST, 1)] * 3
     assert not whole.training
     assert not drawn.training
 

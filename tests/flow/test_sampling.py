@@ -1,7 +1,6 @@
 """Which positions a training step sees: exact probabilities, and that what is drawn are positions of the features."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
@@ -11,28 +10,18 @@ from scipy.linalg import fractional_matrix_power
 
 from anomalib_wtflow.flow.sampling import LEAST, SHARE, PositionSampling
 
-CHANNELS, DETAIL = [2, 3], [2, 1]
-SIZES = [8, 3]
+CHANNELS = [2, 3]
 
 
 def positions(x0: torch.Tensor) -> list[torch.Tensor]:
-    """Vectors at each finer position of each layer, ``(N, C_l, r_l^2 H W)``, row by row, by explicit loops."""
-    height, width = x0.shape[-2:]
-    result, first = [], 0
-    for size, r in zip(CHANNELS, DETAIL, strict=True):
-        points = [
-            x0[:, [first + (c * r + row % r) * r + column % r for c in range(size)], row // r, column // r]
-            for row, column in product(range(r * height), range(r * width))
-        ]
-        result.append(torch.stack(points, dim=2))
-        first += size * r * r
-    return result
+    """Vectors at each position of each layer, ``(N, C_l, H W)``, row by row."""
+    return list(x0.flatten(2).split(CHANNELS, dim=1))
 
 
 def fitted(importance: float = 1.0) -> PositionSampling:
     """Fitted to a covariance that is far from the identity."""
-    sampling = PositionSampling(CHANNELS, DETAIL, importance)
-    mix = torch.randn(11, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sampling = PositionSampling(CHANNELS, importance)
+    mix = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sampling.fit(mix @ mix.T)
     return sampling
 
@@ -49,10 +38,10 @@ def indices_of(drawn: torch.Tensor, points: list[torch.Tensor]) -> list[torch.Te
 
 @pytest.mark.parametrize("importance", [0.0, 0.5, 1.0, 2.0])
 def test_probabilities(importance: float) -> None:
-    """40000 draws from 8 and 2 positions: each layer's, and both together, which are independent (chi-squared)."""
+    """40000 draws from 3 positions of each layer, which are drawn independently (chi-squared)."""
     sampling, draws = fitted(importance), 40000
     images = draws // LEAST
-    x0 = torch.randn(1, 11, 1, 2)
+    x0 = torch.randn(1, 5, 3, 1)  # a single column is taken whole
     points = positions(x0)
     exact = []
     for layer, weight in zip(points, sampling.whitening, strict=True):
@@ -62,84 +51,69 @@ def test_probabilities(importance: float) -> None:
     drawn = sampling(x0.expand(images, -1, -1, -1), torch.Generator().manual_seed(0))
     assert torch.get_rng_state().equal(before)
     assert drawn.shape == (images, 5, LEAST, 1)
-    there = [point.expand(images, -1, -1) for point in points]
-    first, second = (each.flatten().numpy() for each in indices_of(drawn, there))
-    joint = np.bincount(2 * first + second, minlength=16)
-    expected = draws * np.outer(*exact).ravel()
+    first, second = (i.flatten().numpy() for i in indices_of(drawn, [p.expand(images, -1, -1) for p in points]))
+    joint, expected = np.bincount(3 * first + second, minlength=9), draws * np.outer(*exact).ravel()
     assert expected.min() > 5
     assert stats.chisquare(joint, expected).pvalue > 1e-3
-    uniform = np.outer(np.full(8, 1 / 8), np.full(2, 1 / 2)).ravel()
-    assert np.allclose(np.outer(*exact).ravel(), uniform) == (importance == 0)
-    assert (stats.chisquare(joint, draws * uniform).pvalue > 1e-3) == (importance == 0)
+    assert (stats.chisquare(joint, np.full(9, draws / 9)).pvalue > 1e-3) == (importance == 0)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 7), (1, 1)])
 def test_what_is_drawn_are_positions_of_each_layer(size: tuple[int, int]) -> None:
     """As many of each layer as the grid has, divided by ``SHARE``, or ``LEAST``; each layer has its own."""
-    x0 = torch.randn(6, 11, *size)
+    x0 = torch.randn(6, 5, *size)
     drawn = fitted()(x0)
     count = max(LEAST, math.ceil(size[0] * size[1] / SHARE))
     assert drawn.shape == (6, 5, count, 1)
     fine, coarse = indices_of(drawn, positions(x0))
-    assert fine.max() < 4 * size[0] * size[1]
+    assert fine.max() < size[0] * size[1]
     assert coarse.max() < size[0] * size[1]
-    if count > 1:
-        assert not all(torch.equal(one, two) for one, two in zip(fine, coarse, strict=True))
-
-
-def test_positions_are_those_of_pixel_shuffle() -> None:
-    x0 = torch.randn(2, 11, 3, 2)
-    for layer, part, r in zip(positions(x0), x0.split(SIZES, dim=1), DETAIL, strict=True):
-        assert torch.equal(layer, torch.nn.functional.pixel_shuffle(part, r).flatten(2))
+    assert size == (1, 1) or not torch.equal(fine, coarse)
 
 
 def test_positions_come_from_every_second_row_and_column() -> None:
     """One offset for all of a step, each of the four as often (chi-squared); a single row or column is taken whole."""
-    x0 = torch.randn(2, 11, 3, 4)
+    x0 = torch.randn(2, 5, 3, 4)
     sampling, points, offsets = fitted(), positions(x0), []
     for seed in range(400):
         fine, coarse = indices_of(sampling(x0, torch.Generator().manual_seed(seed)), points)
         rows, columns = coarse // 4 % 2, coarse % 4 % 2
         assert torch.equal(rows, rows[:1, :1].expand_as(rows))
         assert torch.equal(columns, columns[:1, :1].expand_as(columns))
-        assert (fine // 8 // 2 % 2 == rows[0, 0]).all()
-        assert (fine % 8 // 2 % 2 == columns[0, 0]).all()
+        assert (fine // 4 % 2 == rows[0, 0]).all()
+        assert (fine % 4 % 2 == columns[0, 0]).all()
         offsets.append(int(2 * rows[0, 0] + columns[0, 0]))
     assert stats.chisquare(np.bincount(offsets, minlength=4)).pvalue > 1e-3
-    for line in (torch.randn(500, 11, 1, 4), torch.randn(500, 11, 4, 1)):
-        _, coarse = indices_of(PositionSampling(CHANNELS, DETAIL, 0.0)(line), positions(line))
+    for line in (torch.randn(500, 5, 1, 4), torch.randn(500, 5, 4, 1)):
+        _, coarse = indices_of(PositionSampling(CHANNELS, 0.0)(line), positions(line))
         assert set(coarse.flatten().tolist()) == {0, 1, 2, 3}
 
 
 def test_a_position_may_be_drawn_more_than_once() -> None:
     """Where one position of each layer has all the weight, it is drawn every time; without any, all are drawn."""
-    x0 = torch.zeros(3, 11, 1, 32)
-    x0[:, 5, 0, 21], x0[:, 9, 0, 12] = 2.0, -3.0
+    x0 = torch.zeros(3, 5, 1, 32)
+    x0[:, 1, 0, 21], x0[:, 3, 0, 12] = 2.0, -3.0
     drawn = fitted()(x0)
     assert drawn.shape == (3, 5, LEAST, 1)
     assert (drawn == torch.tensor([0, 2.0, 0, -3, 0]).view(1, 5, 1, 1)).all()
     assert torch.equal(fitted()(torch.zeros_like(x0)), torch.zeros_like(drawn))
 
 
-def test_whitening_is_that_of_each_layers_positions() -> None:
-    """Against SciPy, from the covariance of each layer at each of its positions, each about its own mean."""
-    scale = torch.linspace(0.3, 3, 11).view(1, 11, 1, 1)
-    x = (scale * torch.randn(50, 11, 2, 3) + torch.randn(1, 11, 1, 1)).double()
-    x[:, 2] += x[:, 6]
-    rows = x.movedim(1, -1).flatten(0, -2).numpy()
-    sampling = PositionSampling(CHANNELS, DETAIL)
+def test_whitening_is_that_of_each_layer() -> None:
+    """Against SciPy, from the covariance of each layer."""
+    rows = torch.randn(500, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64)
+    covariance = np.cov(rows.T.numpy(), bias=True)
+    sampling = PositionSampling(CHANNELS)
     assert all(torch.equal(w, torch.eye(size)) for w, size in zip(sampling.whitening, CHANNELS, strict=True))
-    sampling.fit(torch.from_numpy(np.cov(rows.T, bias=True)))
-    fine = np.mean([np.cov(rows[:, [k, 4 + k]].T, bias=True) for k in range(4)], axis=0)
-    coarse = np.cov(rows[:, 8:].T, bias=True)
-    for weight, covariance in zip(sampling.whitening, (fine, coarse), strict=True):
-        ridged = covariance + 0.01 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    sampling.fit(torch.from_numpy(covariance))
+    for weight, block in zip(sampling.whitening, (covariance[:2, :2], covariance[2:, 2:]), strict=True):
+        ridged = block + 0.01 * np.trace(block) / len(block) * np.eye(len(block))
         np.testing.assert_allclose(weight.numpy(), fractional_matrix_power(ridged, -0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_rare_is_what_the_training_features_seldom_are() -> None:
     """Of two positions of equal norm the one along the direction of little variance is drawn more often."""
-    sampling, draws = PositionSampling([2], [1]), 20000
+    sampling, draws = PositionSampling([2]), 20000
     x0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2).expand(draws, -1, -1, -1)
 
     def share() -> float:
@@ -155,7 +129,7 @@ def test_rare_is_what_the_training_features_seldom_are() -> None:
 
 
 def test_the_whitening_goes_into_the_state() -> None:
-    sampling, other = fitted(), PositionSampling(CHANNELS, DETAIL)
+    sampling, other = fitted(), PositionSampling(CHANNELS)
     other.load_state_dict(sampling.state_dict())
     for one, two in zip(sampling.whitening, other.whitening, strict=True):
         assert torch.equal(one, two)

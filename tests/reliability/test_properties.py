@@ -39,7 +39,6 @@ SETTINGS: dict[str, Any] = {
     "path": st.sampled_from(list(PATHS)),
     "solver": st.sampled_from(list(SOLVERS)),
     "steps": st.integers(1, 3),
-    "detail": st.integers(1, 2),
     "pool_size": st.sampled_from([1, 3]),
     "density": st.sampled_from(list(DENSITIES)),
     "anomaly_map": st.sampled_from(list(MAPS)),

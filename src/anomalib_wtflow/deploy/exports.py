@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anomalib_wtflow.checkpoint import broken_tensors
 from anomalib_wtflow.deploy.metadata import describe, write_onnx, write_openvino
 from anomalib_wtflow.deploy.quantization import count_convolutions, keep_precise, quantize
 from anomalib_wtflow.deploy.thresholds import placed, score_images, set_thresholds
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.images import mark_of
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
-from anomalib_wtflow.torch_model import broken_tensors
 
 RANGE_IMAGES = 128
 """Training images that set the ranges of a quantised export."""

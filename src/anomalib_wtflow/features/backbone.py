@@ -114,10 +114,8 @@ class FeatureExtractor(nn.Module):
     Any model of which timm gives feature maps; the tokens of a transformer become maps, and its prefix tokens (class,
     registers) are left out. Batch normalisations that follow a convolution are folded into it; other norms stay.
 
-    ``(N, 3, H, W)`` -> ``(N, C, H', W')``, ``C = sum_l C_l r_l^2``. Each layer is averaged over ``pool_size x
-    pool_size`` neighbours with stride ``pool_stride`` and resized bilinearly to r_l times the size of the coarsest, its
-    ``r_l x r_l`` positions go into the channels of one (``pixel_unshuffle``), and the layers are stacked. r_l is
-    ``detail`` for layers that are as much finer than the coarsest, and 1 for the coarsest.
+    ``(N, 3, H, W)`` -> ``(N, sum_l C_l, H', W')``. Each layer is averaged over ``pool_size x pool_size`` neighbours with
+    stride ``pool_stride`` and resized bilinearly to the size of the coarsest, and the layers are stacked.
 
     Args:
         backbone: Name of a timm model.
@@ -127,7 +125,6 @@ class FeatureExtractor(nn.Module):
             (``tf_efficientnet_lite0``) or timm's hub (any other).
         pool_size: Side of the averaging window, odd; 1 for none.
         pool_stride: Stride of the averaging window.
-        detail: Positions a side of a finer layer for each position of the coarsest one.
         image_size: Side, or height and width, that a backbone of a fixed size is built for; None for its own. Others
             take images of any size.
 
@@ -144,7 +141,6 @@ class FeatureExtractor(nn.Module):
         weights: str | Path | None = None,
         pool_size: int = 1,
         pool_stride: int = 1,
-        detail: int = 1,
         image_size: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -156,8 +152,7 @@ class FeatureExtractor(nn.Module):
         info = self.network.feature_info
         self.channels: list[int] = list(info.channels())
         self.stride = max(info.reduction())
-        self.detail = [max(1, min(detail, self.stride // stride)) for stride in info.reduction()]
-        self.out_channels = sum(size * r * r for size, r in zip(self.channels, self.detail, strict=True))
+        self.out_channels = sum(self.channels)
         self._drop_unused_blocks()
         self.eval()
         # On two cores, 256 px, one image: 20 ms as timm builds it, 14.6 folded, 12.0 with channels last too.
@@ -238,15 +233,9 @@ class FeatureExtractor(nn.Module):
         """Average, resize and stack the network's layers, finest first, each ``(N, C_l, H_l, W_l)``."""
         if self.pool_size > 1 or self.pool_stride > 1:
             maps = [F.avg_pool2d(m, self.pool_size, self.pool_stride, self.pool_size // 2) for m in maps]
-        height, width = maps[-1].shape[-2:]
-        layers = []
-        for layer, r in zip(maps, self.detail, strict=True):
-            size = (r * height, r * width)
-            resized = (
-                layer if layer is maps[-1] else F.interpolate(layer, size=size, mode="bilinear", align_corners=False)
-            )
-            layers.append(F.pixel_unshuffle(resized, r) if r > 1 else resized)
-        return torch.cat(layers, dim=1)
+        size = maps[-1].shape[-2:]
+        finer = [F.interpolate(layer, size=size, mode="bilinear", align_corners=False) for layer in maps[:-1]]
+        return torch.cat([*finer, maps[-1]], dim=1)
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         if images.device.type != "cpu" or torch.compiler.is_compiling() or len(images) <= CPU_CHUNK:

@@ -15,7 +15,7 @@ from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.registry import lookup
 
 
-def _assign(inner: Tensor, maximize: bool) -> Tensor:
+def assign(inner: Tensor, maximize: bool) -> Tensor:
     """Solve a batch of assignments over the inner products ``(K, N, N)``; returns column indices ``(K, N)``."""
     matrices = inner.detach().float().cpu()
     if not matrices.isfinite().all():
@@ -26,7 +26,7 @@ def _assign(inner: Tensor, maximize: bool) -> Tensor:
 
 
 def _by_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
-    index = _assign((x0.flatten(1) @ noise.flatten(1).T)[None], maximize)
+    index = assign((x0.flatten(1) @ noise.flatten(1).T)[None], maximize)
     return noise[index[0]]
 
 
@@ -39,17 +39,6 @@ def independent(x0: Tensor, noise: Tensor) -> Tensor:
 def optimal(x0: Tensor, noise: Tensor) -> Tensor:
     """``argmin_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch optimal transport."""
     return _by_image(x0, noise, maximize=True)
-
-
-def optimal_image(x0: Tensor, noise: Tensor) -> Tensor:
-    """``argmin_pi sum_p ||x_p - eps_pi(p)||^2`` over the positions p within each image: local optimal transport.
-
-    The direction that optimal transport would take, for diagnosis; too slow to train with (it grows with the cube of
-    the positions), so that no model has it by name.
-    """
-    points, draws = x0.flatten(2).mT, noise.flatten(2).mT
-    index = _assign(points @ draws.mT, maximize=True)
-    return draws.gather(1, index[..., None].expand_as(draws)).mT.reshape(noise.shape)
 
 
 def worst(x0: Tensor, noise: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ class PointwiseField(nn.Module):
         super().__init__()
         self.class_map = nn.Parameter(torch.zeros(width, class_channels))
         self.time_embedding = TimeEmbedding(width)
-        self.stem = PointwiseConv(channels, width)
-        self.inner = nn.ModuleList(PointwiseConv(width if block else channels, width) for block in range(depth))
+        self.stem = PointwiseConv(channels, 2 * width)  # A and M, which read the same input
+        self.inner = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth - 1))
         self.time = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outer = nn.ModuleList(PointwiseConv(width, width) for _ in range(depth))
         self.head = PointwiseConv(width, channels)
@@ -89,15 +89,14 @@ class PointwiseField(nn.Module):
             class_embedding: ``(N, class_channels)``, or ``(1, class_channels)`` for all; None for 0.
         """
         embedding = self.time_embedding(t)
-        h, z = self.stem(x), x
+        h, z = self.stem(x).chunk(2, dim=1)
         biases = [time(embedding) for time in self.time]
         if class_embedding is not None:
             biases[0] = biases[0] + F.linear(class_embedding, self.class_map)
-        for inner, bias, outer in zip(self.inner, biases, self.outer, strict=True):
-            h = z = h + outer(F.silu(inner(z) + bias[:, :, None, None]))
+        for block, (bias, outer) in enumerate(zip(biases, self.outer, strict=True)):
+            z = self.inner[block - 1](h) if block else z
+            h = h + outer(F.silu(z + bias[:, :, None, None]))
         return self.head(F.silu(h))
-
-    points = forward
 
 
 class ResidualBlock(nn.Module):
@@ -181,70 +180,37 @@ class UNetField(nn.Module):
 
 
 class LayerwiseField(nn.Module):
-    """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network of its own for each layer of the features (ours).
+    """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network for each layer of the features (ours).
 
     The density is then a product over the layers: what is strange in one layer is not explained away by another.
-    A layer of detail r holds ``r x r`` finer positions in the ``C_l r^2`` channels of one of the grid, in the order of
-    ``pixel_unshuffle``; its network works at the finer ones.
 
     Args:
         fields: Networks v_l.
-        channels: Channels C_l that each network sees at a position.
-        detail: Finer positions a side r of each layer; None for 1.
+        channels: Channels C_l of each layer.
     """
 
-    def __init__(
-        self,
-        fields: Sequence[PointwiseField | UNetField],
-        channels: Sequence[int],
-        detail: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, fields: Sequence[PointwiseField | UNetField], channels: Sequence[int]) -> None:
         super().__init__()
         self.fields = nn.ModuleList(fields)
         self.channels = list(channels)
-        self.detail = list(detail or [1] * len(self.channels))
         self.min_size = max(field.min_size for field in fields)
         self.pointwise = all(field.pointwise for field in fields)
 
     def forward(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
-        """Return the velocity at points ``(N, sum_l C_l r_l^2, H, W)`` and times ``(N,)`` or ``(1,)``."""
-        layers = x.split(stacked(self.channels, self.detail), dim=1)
-        velocities = [
-            F.pixel_unshuffle(field(F.pixel_shuffle(layer, r), t, class_embedding), r)
-            if r > 1
-            else field(layer, t, class_embedding)
-            for field, layer, r in zip(self.fields, layers, self.detail, strict=True)
-        ]
-        return torch.cat(velocities, dim=1)
-
-    def points(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
-        """Return the velocity at single positions of each layer, ``(N, sum_l C_l, P, 1)``, of pointwise networks."""
-        layers = x.split(self.channels, dim=1)
-        fields = zip(self.fields, layers, strict=True)
+        """Return the velocity at points ``(N, sum_l C_l, H, W)`` and times ``(N,)`` or ``(1,)``."""
+        fields = zip(self.fields, x.split(self.channels, dim=1), strict=True)
         return torch.cat([field(layer, t, class_embedding) for field, layer in fields], dim=1)
-
-
-def stacked(channels: Sequence[int], detail: Sequence[int]) -> list[int]:
-    """Return ``C_l r_l^2``: how many channels of the features each layer takes."""
-    return [size * r * r for size, r in zip(channels, detail, strict=True)]
 
 
 Field = PointwiseField | UNetField | LayerwiseField
 FIELDS: dict[str, Callable[..., PointwiseField | UNetField]] = {"pointwise": PointwiseField, "unet": UNetField}
-FINE_WIDTH = 96
-"""Width of a pointwise network that works at finer positions, of which there are more."""
 WIDTHS = (64, 384)
 
 
-def pointwise_width(channels: int, detail: int = 1) -> int:
-    """``32 round(sqrt(C))``, from 64 to 384: layers of more channels have more to learn (ours).
-
-    Args:
-        channels: Channels C that the network sees at a position.
-        detail: Finer positions a side; 96 where there are any.
-    """
+def pointwise_width(channels: int) -> int:
+    """``32 round(sqrt(C))``, from 64 to 384: layers of more channels have more to learn (ours)."""
     least, most = WIDTHS
-    return FINE_WIDTH if detail > 1 else min(most, max(least, 32 * round(math.sqrt(channels))))
+    return min(most, max(least, 32 * round(math.sqrt(channels))))
 
 
 def get_field(
@@ -252,17 +218,15 @@ def get_field(
     channels: Sequence[int],
     width: int | None = None,
     depth: int | None = None,
-    detail: Sequence[int] | None = None,
     class_channels: int = 0,
 ) -> Field:
-    """Build a vector field by name, with a network of its own for each layer of the features.
+    """Build a vector field by name, with a network for each layer of the features.
 
     Args:
         name: ``pointwise`` or ``unet``.
-        channels: Channels of each layer at a position.
+        channels: Channels of each layer.
         width: Width of each network, even; None for its own: :func:`pointwise_width`, or 48 for ``unet``.
         depth: Depth of each network; None for its own default.
-        detail: Finer positions a side of each layer, see :class:`LayerwiseField`; None for 1.
         class_channels: Channels of the class embedding; 0 for none.
 
     Raises:
@@ -271,8 +235,8 @@ def get_field(
     build = lookup(FIELDS, "network", name)
     depths = {} if depth is None else {"depth": depth}
     networks = []
-    for size, r in zip(channels, detail or [1] * len(channels), strict=True):
-        chosen = pointwise_width(size, r) if width is None and name == "pointwise" else width
+    for size in channels:
+        chosen = pointwise_width(size) if width is None and name == "pointwise" else width
         widths = {} if chosen is None else {"width": chosen}
         networks.append(build(size, **depths, **widths, class_channels=class_channels))
-    return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels, detail)
+    return networks[0] if len(networks) == 1 else LayerwiseField(networks, channels)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_wtflow.errors import WTFlowError
-from anomalib_wtflow.flow.registry import lookup
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Features ``(N, C, H, W)`` and the indices of their products, ``(N,)``."""
@@ -152,12 +151,3 @@ NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
     "channel": ChannelNormalization,
     "whitening": Whitening,
 }
-
-
-def get_normalization(name: str, channels: int) -> nn.Module:
-    """Build a normalisation by name for ``channels`` channels.
-
-    Raises:
-        WTFlowError: If the name is unknown.
-    """
-    return lookup(NORMALIZATIONS, "normalization", name)(channels)

@@ -128,7 +128,7 @@ class FieldTraining:
         x0 = torch.stack([self.x0[k] for k in rows.tolist()], out=self.batch[: len(rows)]).to(self.device)
         velocity: Any = field
         if self.sampling is not None:
-            velocity, x0 = field.points, self.sampling(x0, generator)
+            x0 = self.sampling(x0, generator)
         if self.class_embedding is not None:
             velocity = partial(velocity, class_embedding=self.class_embedding[rows].to(self.device))
         return matching_loss(*regress(velocity, x0, self.path, self.coupling, generator))

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
-from anomalib_wtflow.flow.field import stacked
 from anomalib_wtflow.flow.normalization import whitening_matrix
 
 SHARE, LEAST = 8, 32
@@ -16,21 +14,19 @@ SHARE, LEAST = 8, 32
 class PositionSampling(nn.Module):
     """Draw positions with a probability in proportion to ``|| W_l x ||^(2 importance)``, layer by layer (ours).
 
-    W_l whitens the layer's training features (it is 1 where their normalisation has no statistics), so a position
-    counts the more, the rarer it is under a Gaussian. Most positions of good images are alike (background, plain
-    surface), and a field that is trained on all of them equally learns rare normal ones (edges, threads, corners)
-    last, and calls them anomalous until then. The path, the noise and the loss stay as they are: what changes is the
-    distribution of the data. PatchCore's greedy coreset does the like by choosing patches that are far from each other.
+    W_l whitens the layer's training features, so a position counts the more, the rarer it is under a Gaussian. Most
+    positions of good images are alike (background, plain surface). A field that is trained on all of them equally
+    learns rare normal ones (edges, threads, corners) last, and calls them anomalous until then. The path, the noise and
+    the loss stay as they are: what changes is the distribution of the data.
 
     Args:
-        channels: Channels C_l of each layer at a position.
-        detail: Finer positions a side of each layer, see :class:`anomalib_wtflow.flow.field.LayerwiseField`.
+        channels: Channels C_l of each layer.
         importance: 0 for all positions alike.
     """
 
-    def __init__(self, channels: Sequence[int], detail: Sequence[int], importance: float = 1.0) -> None:
+    def __init__(self, channels: Sequence[int], importance: float = 1.0) -> None:
         super().__init__()
-        self.channels, self.detail, self.importance = list(channels), list(detail), importance
+        self.channels, self.importance = list(channels), importance
         for index, size in enumerate(channels):
             self.register_buffer(f"whitening_{index}", torch.eye(size))
 
@@ -40,16 +36,10 @@ class PositionSampling(nn.Module):
         return [self.get_buffer(f"whitening_{index}") for index in range(len(self.channels))]
 
     def fit(self, covariance: Tensor) -> None:
-        """Set W_l from the covariance of the normalised training features, whose mean is 0.
-
-        Args:
-            covariance: Of all stacked channels, ``(sum_l C_l r_l^2,) * 2``; a layer's is averaged over its positions.
-        """
-        sizes = stacked(self.channels, self.detail)
-        layers = torch.arange(sum(sizes)).split(sizes)
-        for weight, rows, size in zip(self.whitening, layers, self.channels, strict=True):
-            block = covariance[rows][:, rows].view(size, rows.numel() // size, size, -1)
-            weight.copy_(whitening_matrix(block.diagonal(dim1=1, dim2=3).mean(dim=-1)))
+        """Set W_l from the covariance ``(sum_l C_l,) * 2`` of the normalised training features, whose mean is 0."""
+        layers = torch.arange(len(covariance)).split(self.channels)
+        for weight, rows in zip(self.whitening, layers, strict=True):
+            weight.copy_(whitening_matrix(covariance[rows][:, rows]))
 
     def forward(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
         """Draw positions, with replacement, from normalised features.
@@ -59,11 +49,11 @@ class PositionSampling(nn.Module):
         a sum of weights in 8 or 11 bits would lose the small ones.
 
         Args:
-            x0: ``(N, sum_l C_l r_l^2, H, W)``.
+            x0: ``(N, sum_l C_l, H, W)``.
             generator: Draws them, on the features' device; None for torch's own.
 
         Returns:
-            ``(N, sum_l C_l, P, 1)`` with ``P = max(32, ceil(H W / 8))``; each layer has drawn positions of its own.
+            ``(N, sum_l C_l, P, 1)`` with ``P = max(32, ceil(H W / 8))``; each layer has its own positions.
         """
         count = max(LEAST, -(-x0.shape[-2] * x0.shape[-1] // SHARE))
         if min(x0.shape[-2:]) > 1:
@@ -71,15 +61,12 @@ class PositionSampling(nn.Module):
             top, left = torch.randint(2, (2,), generator=generator, device=device).tolist()
             x0 = x0[..., top::2, left::2]
         parts = []
-        layers = x0.split(stacked(self.channels, self.detail), dim=1)
-        for layer, weight, r in zip(layers, self.whitening, self.detail, strict=True):
-            points = F.pixel_shuffle(layer, r).flatten(2)
+        for points, weight in zip(x0.flatten(2).split(self.channels, dim=1), self.whitening, strict=True):
             with torch.autocast(points.device.type, enabled=False):
                 rarity = (weight @ points.float()).square().mean(dim=1)
             # Relative to the rarest, so that no power of it overflows; no weight at all would leave nothing to draw.
             tiny = torch.finfo(rarity.dtype).tiny
             rarity = (rarity / rarity.amax(dim=1, keepdim=True).clamp(min=tiny)) ** self.importance
-            rarity = rarity.clamp(min=tiny)
-            drawn = torch.multinomial(rarity, count, replacement=True, generator=generator)
+            drawn = torch.multinomial(rarity.clamp(min=tiny), count, replacement=True, generator=generator)
             parts.append(points.gather(2, drawn[:, None].expand(-1, points.shape[1], -1)))
         return torch.cat(parts, dim=1)[..., None]
