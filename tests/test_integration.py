@@ -43,8 +43,8 @@ def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def objects(dataset_path: Path, project_path: Path, **kwargs: object):
     seed_everything(0)
     datamodule = MVTecAD(root=dataset_path, category="dummy", train_batch_size=2, num_workers=0)
-    engine = quiet_engine(project_path, max_epochs=10, devices=1, **kwargs)
-    return get_model("WTFlow", false_alarm_rate=0.4, overrides={"plateau": 0.0}), datamodule, engine
+    engine = quiet_engine(project_path, max_epochs=1, devices=1, **kwargs)
+    return get_model("WTFlow", max_epochs=10, false_alarm_rate=0.4, overrides={"plateau": 0.0}), datamodule, engine
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def checkpoint(dataset_path: Path, project_path: Path) -> Path:
 
 def test_fit(checkpoint: Path) -> None:
     state = torch.load(checkpoint, weights_only=False)
-    assert state["global_step"] == 120  # 24 of the 30 images, 2 a batch, 10 epochs
+    assert state["epoch"] == 0  # the pass that collects
     assert state["state_dict"]["post_processor._image_threshold"] > 0
 
 
