@@ -5,7 +5,6 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
 
 from anomalib_wtflow.diagnosis.certainty import (
     auroc_interval,
@@ -15,13 +14,6 @@ from anomalib_wtflow.diagnosis.certainty import (
     placements,
     share_interval,
 )
-
-
-def test_auroc_interval_of_hanley_and_mcneil() -> None:
-    """Their example: 58 normal and 51 abnormal images, area 0.893, standard error 0.032."""
-    low, high = auroc_interval(0.893, 58, 51)
-    assert (high - low) / (2 * norm.ppf(0.975)) == pytest.approx(0.032, abs=0.002)
-    assert 0.893 - low > high - 0.893  # drawn towards 1/2
 
 
 def test_auroc_interval_at_the_ends() -> None:
@@ -44,13 +36,6 @@ def test_auroc_interval_covers() -> None:
         measured = [float(placements(rng.normal(size=20), rng.normal(shift, 1, size=60)).mean()) for _ in range(1000)]
         ends = [auroc_interval(value, 20, 60) for value in measured]
         assert np.mean([low <= true <= high for low, high in ends]) == pytest.approx(0.95, abs=0.025)
-
-
-def test_placements() -> None:
-    rng = np.random.default_rng(0)
-    good, bad = rng.integers(0, 9, 30), rng.integers(3, 12, 20)
-    expected = roc_auc_score([0] * 30 + [1] * 20, [*good, *bad])
-    assert placements(good, bad).mean() == pytest.approx(expected)
 
 
 def test_mean_interval() -> None:

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +12,8 @@ from drawn import diagnosed, model_of, scored, write_images
 from PIL import Image
 
 from anomalib_wtflow import diagnose
-from anomalib_wtflow.diagnosis.certainty import placements
 from anomalib_wtflow.diagnosis.flow_numbers import flow_numbers
 from anomalib_wtflow.diagnosis.measures import radius
-from anomalib_wtflow.diagnosis.scores import separation
 from anomalib_wtflow.diagnosis.scoring import informative_first, score_image
 from anomalib_wtflow.diagnosis.without_flow import POSITION_MEANS, UNWHITENED, WHITENED
 from conftest import quiet_engine
@@ -133,14 +129,6 @@ def test_informative_first() -> None:
     assert [image.score for image in informative_first(without, [None])] == [3, 1, 0.5]
 
 
-def test_the_auroc_of_pixels() -> None:
-    images = [scored("good/a", False, 1.0), scored("scratch/b", True, 2.0)]
-    images = [image._replace(anomaly_map=torch.randn(64, 64).round(decimals=1)) for image in images]
-    masks, maps = (torch.stack([getattr(image, name) for image in images]) for name in ("mask", "anomaly_map"))
-    expected = placements(maps[~masks], maps[masks]).mean()
-    assert separation(images)["pixel_auroc"] == pytest.approx(float(expected))
-
-
 def test_text_is_escaped_and_names_need_be_no_utf8(tmp_path: Path) -> None:
     (image,) = write_images(tmp_path, [("a < b & c", 2.0, 0)])
     odd = Path(image.path).with_name(os.fsdecode(b"x_\xff.png"))
@@ -153,9 +141,3 @@ def test_text_is_escaped_and_names_need_be_no_utf8(tmp_path: Path) -> None:
     assert "<i>" not in text
     assert r"a &lt; b &amp; c/x_\udcff.png</code>" in text
     assert json.loads((page.parent / "numbers.json").read_text())["images"][0]["file"] == "a < b & c/x_\udcff.png"
-
-
-def test_headless() -> None:
-    """Drawing needs neither a display nor pyplot."""
-    code = "import sys, anomalib_wtflow.diagnosis.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

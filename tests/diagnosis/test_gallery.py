@@ -13,21 +13,6 @@ from PIL import Image
 from anomalib_wtflow.diagnosis import gallery
 
 
-def test_rows_say_what_the_model_made_of_an_image() -> None:
-    image = scored("/somewhere/test/scratch/007.png", True, 0.7, product=1)
-    assert gallery.gallery_rows(model_of([1.0, 1.0], ["disc", "plate"]), [image]) == [
-        {
-            "file": "scratch/007.png",
-            "kind": "scratch",
-            "product": "plate",
-            "recognised": "plate",
-            "verdict": "missed",
-            "score": 0.7,
-            "threshold": 1.0,
-        }
-    ]
-
-
 def opened(address: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
 

@@ -122,12 +122,3 @@ def test_a_picture_is_enlarged_by_keyboard(page: Any, rows: list[dict]) -> None:
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
     assert first.evaluate("button => button === document.activeElement")
-
-
-def test_the_size_of_pictures(page: Any) -> None:
-    before = page.locator(".entry img").first.bounding_box()["width"]
-    page.locator("#size").fill("640")
-    after = page.locator(".entry img").first.bounding_box()["width"]
-    assert after >= before
-    if page.viewport_size["width"] > 1000:
-        assert after >= 640

@@ -9,7 +9,7 @@ import pytest
 from drawn import diagnosed, model_of, scored, write_images
 
 from anomalib_wtflow.diagnosis.scores import all_numbers
-from anomalib_wtflow.diagnosis.verdict import advice, answer, overall, percent, verdict
+from anomalib_wtflow.diagnosis.verdict import advice, answer, overall, verdict
 from anomalib_wtflow.diagnosis.without_flow import POSITION_MEANS, UNWHITENED, WHITENED
 
 GOOD, BAD = [0.3 + 0.01 * k for k in range(40)], [1.5 + 0.01 * k for k in range(40)]
@@ -106,10 +106,6 @@ def test_overall_names_the_worst_product() -> None:
     assert overall(care, {"a": care, "b": bad}) == "No for b: it misses most of the defective parts."
 
 
-def test_percent() -> None:
-    assert [percent(x) for x in (0, 1e-9, 0.0123, 0.05, 0.5, 1)] == ["0 %", "0 %", "1.2 %", "5 %", "50 %", "100 %"]
-
-
 def test_products(tmp_path: Path) -> None:
     """Sums and means of all products, each product's own, and a section each on the page."""
     rows = [("good", 0.5 + 0.01 * k, p) for p in (0, 1) for k in range(20)] + [("good", 1.5, 1)]
@@ -127,14 +123,3 @@ def test_products(tmp_path: Path) -> None:
     text = page.read_text()
     assert "<summary>disc: With care: it misses some of the defective parts.</summary>" in text
     assert "<summary>plate: Yes, on parts like these.</summary>" in text
-
-
-def test_good_images_only_and_unlabelled_ones(tmp_path: Path) -> None:
-    good = diagnosed(tmp_path / "a", model_of([1.0]), write_images(tmp_path, [("good", 0.5, 0), ("good", 1.5, 0)]))
-    numbers = json.loads((good.parent / "numbers.json").read_text())
-    assert numbers["scores"]["image_auroc"] is None
-    assert "Not known: there are no test images of defective parts." in good.read_text()
-    unknown = diagnosed(tmp_path / "b", model_of([1.0]), write_images(tmp_path, [("unlabelled", 0.5, 0)]))
-    numbers = json.loads((unknown.parent / "numbers.json").read_text())
-    assert numbers["images"][0]["verdict"] == "called good"
-    assert numbers["scores"]["false_alarm_band"] is None

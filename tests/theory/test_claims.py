@@ -1,6 +1,6 @@
 """The paper's claims, measured: what reproduces, with its tolerance, and what does not."""
 
-import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +9,15 @@ from scipy.stats import norm
 from anomalib_wtflow.diagnosis.measures import centripetal_component
 from anomalib_wtflow.flow.coupling import COUPLINGS
 from anomalib_wtflow.flow.path import ProbabilityPath
-from benchmarks.theory.centripetal import centripetal_components, largest_of_normals
+from benchmarks.claims import CLAIMS, render
+from benchmarks.theory.centripetal import centripetal_components
 from benchmarks.theory.oracle import EmpiricalField
 from benchmarks.theory.singularity import lipschitz_growth
 from benchmarks.theory.trivial_field import trivial_field
-from benchmarks.theory.well import well_and_escape
+from benchmarks.theory.well import trajectories, well_and_escape
 
 pytestmark = pytest.mark.method
 LINEAR = ProbabilityPath("linear")
-
-
-# The singularity at the initial time ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +64,6 @@ def test_between_two_points_the_field_is_worse_than_one_over_t() -> None:
         assert constant == pytest.approx((1 - t) / t**3 - 1 / t, rel=1e-9)
 
 
-# The trivial field ---------------------------------------------------------------------------------------------------
-
-
 def test_trivial_field_inside_the_shell_only() -> None:
     """Two data sets of fixed radius: the fields differ as D^-1/2.
 
@@ -79,9 +74,6 @@ def test_trivial_field_inside_the_shell_only() -> None:
     assert result["inside"]["ratio"][-1] < 0.03
     assert abs(result["shell"]["exponent"]) < 0.1
     assert min(result["shell"]["ratio"][1:]) > 1
-
-
-# The centripetal component -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +102,6 @@ def test_centripetal_component_of_the_minibatch_couplings(components: dict) -> N
     assert -0.96 < components["optimal"]["mean"][-1] < -0.94
 
 
-def test_largest_of_normals() -> None:
-    assert largest_of_normals(2) == pytest.approx(1 / math.sqrt(math.pi))
-    assert largest_of_normals(3) == pytest.approx(1.5 / math.sqrt(math.pi))
-
-
 @pytest.mark.parametrize("width", [0.5, 1.0])
 def test_optimal_transport_of_a_narrow_gaussian_points_outwards(width: float) -> None:
     """From N(0, w^2) to N(0, 1) on the line the maps are x / w (optimal) and -x / w (worst).
@@ -137,14 +124,12 @@ def test_antipodal_paths_meet_at_the_centre() -> None:
     torch.testing.assert_close(centripetal_component(sample.velocity, x0).flatten(), -(1 + c))
 
 
-# The well and the escape ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def escape() -> dict:
     return well_and_escape(seeds=(0,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["arc", "subspace"])
 @pytest.mark.parametrize("coupling", ["independent", "optimal", "worst", "worst_of_two"])
 def test_normal_points_fall_and_anomalous_ones_escape(escape: dict, data: str, coupling: str) -> None:
@@ -155,11 +140,13 @@ def test_normal_points_fall_and_anomalous_ones_escape(escape: dict, data: str, c
     assert row["auroc"][0] > {"arc": 0.95, "subspace": 0.88}[data]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["arc", "subspace"])
 def test_without_the_flow_they_cannot_be_told_apart(escape: dict, data: str) -> None:
     assert escape[data]["control"][0] == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_worst_transport_does_not_beat_plain_rfm_here(escape: dict) -> None:
     """A negative result: worst_of_two is within 0.01 of independent coupling, the mini-batch worst is below it."""
     row = escape["subspace"]
@@ -168,14 +155,30 @@ def test_worst_transport_does_not_beat_plain_rfm_here(escape: dict) -> None:
     assert row["worst"]["auroc"][0] < plain
 
 
+@pytest.mark.slow
 def test_whitening_alone_does_as_well(escape: dict) -> None:
     """A negative result: the Mahalanobis distance, without a flow, is within 0.02 of plain rFM on the subspace."""
     row = escape["subspace"]
     assert abs(row["control_whitened"][0] - row["independent"]["auroc"][0]) < 0.02
 
 
+@pytest.mark.slow
 def test_antipodal_carries_normal_points_through_the_centre(escape: dict) -> None:
     """One step along -(1 + c) x0 with c = 1 ends opposite, at radius 1: the density proxy sees no well."""
     row = escape["subspace"]["antipodal"]
     assert row["normal_radius"][0] > 0.95
     assert row["auroc"][0] < 0.6
+
+
+@pytest.mark.slow
+def test_claims_are_drawn_and_in_tables(lipschitz: dict, components: dict, escape: dict, tmp_path: Path) -> None:
+    """All that ``python -m benchmarks claims`` writes, of small measurements."""
+    numbers = {"lipschitz": lipschitz, "centripetal": components, "well_and_escape": escape}
+    numbers |= {"trajectories": trajectories(("independent", "worst")), "trivial_field": trivial_field((2, 128, 256))}
+    for name, claim in CLAIMS.items():
+        claim.plot(numbers[name]).savefig(tmp_path / f"{name}.png")
+    text = render([{"claim": name, "numbers": values} for name, values in numbers.items()])
+    assert "| finite data, independent | -1.00 |" in text
+    assert f"| subspace | independent | {escape['subspace']['independent']['normal_radius'][0]:.4f} |" in text
+    for row in numbers["trajectories"].values():
+        assert row["auroc_log_density"] > 0.95

@@ -6,10 +6,9 @@ from torch import Tensor
 
 from anomalib_wtflow.flow.field import PointwiseField
 from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
-from anomalib_wtflow.flow.solver import Solver
 from benchmarks.theory.adaptive import AdaptiveSolver
 from benchmarks.theory.log_density import divergence, log_density
-from benchmarks.theory.oracle import EmpiricalField, GaussianField
+from benchmarks.theory.oracle import GaussianField
 
 pytestmark = pytest.mark.method
 FINE = AdaptiveSolver("dopri5", 1e-8, 1e-8)
@@ -31,14 +30,6 @@ def test_gaussian_data(path: str) -> None:
     torch.testing.assert_close(actual[:, 0], field.log_density(x, start), rtol=1e-6, atol=1e-6)
 
 
-def test_finite_data() -> None:
-    """A mixture of five Gaussians of width 0.2: the flow's log-density is the mixture's, to 1e-5."""
-    field = EmpiricalField(double(5, 2), ProbabilityPath("gaussian", 0.2))
-    x = field.data + 0.2 * double(5, 2)
-    expected = field.log_density(x, torch.zeros(5).double())
-    torch.testing.assert_close(log_density(field, x, solver=FINE)[:, 0], expected, rtol=0, atol=1e-5)
-
-
 def test_divergence_is_the_trace_at_each_position() -> None:
     network = PointwiseField(2, 8, 2).double()
     x, t = double(3, 2, 1, 2), torch.tensor([0.1, 0.5, 0.9]).double()
@@ -46,13 +37,3 @@ def test_divergence_is_the_trace_at_each_position() -> None:
     for n in range(3):
         jacobian = torch.autograd.functional.jacobian(lambda z, n=n: network(z[None], t[n : n + 1])[0], x[n])
         torch.testing.assert_close(exact[n, 0], torch.einsum("chwchw->hw", jacobian))
-
-
-def test_positions_of_a_pointwise_field() -> None:
-    """A map's value at a position is the log-density of that position as a sample of its own."""
-    network = PointwiseField(3, 8, 2).double()
-    x = double(2, 3, 2, 2)
-    solver = Solver("rk4", 4)
-    positions = x.permute(0, 2, 3, 1).reshape(-1, 3, 1, 1)
-    alone = log_density(network, positions, solver=solver).view(2, 2, 2)
-    torch.testing.assert_close(log_density(network, x, solver=solver)[:, 0], alone)
