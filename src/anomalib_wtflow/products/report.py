@@ -91,7 +91,7 @@ def report_of(rows: list[tuple[str, str, int, float, bool]], pixels: dict[str, T
         own = [row for row in rows if row[0] == name]
         confusion[name] = Counter(row[1] for row in own)
         products[name] = product_metrics(own)
-        if pixels and name in pixels:
+        if pixels and name in pixels and products[name]["anomalous"]:
             products[name]["pixel_AUROC"] = float(pixels[name])
     values = {name: [metrics[name] for metrics in products.values() if name in metrics] for name in MEANS}
     mean = {name: sum(each) / len(each) for name, each in values.items() if each}
