@@ -41,7 +41,6 @@ FACTORS: dict[str, list[dict[str, Any]]] = {
         {"image_score": "map", "background_slope": 0.0},
         *vary("top_fraction", 0.01, 0.1),
     ],
-    "detail": vary("detail", 1, 2),
     "importance": vary("importance", 0.0, 0.5, 1.0),
     "averaging": [{"averaging": 0.2}, {"averaging": 0.0, "scheduler": "cosine", "plateau": 0.0}],
     "map": [*vary("sigma", 0.0, 2.0, 4.0, 6.0, 8.0), *vary("anomaly_map", "relative")],

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from anomalib_wtflow import WTFlow
 from anomalib_wtflow.features.backbone import FeatureExtractor
-from anomalib_wtflow.fit import fit_background, fit_model, fit_statistics, hold_out
+from anomalib_wtflow.fit import fit_background, fit_model, fit_statistics
+from anomalib_wtflow.images import hold_out
 from anomalib_wtflow.settings import Settings, get_settings
 from anomalib_wtflow.torch_model import WTFlowModel
 from benchmarks.common import METRICS, track
@@ -30,7 +31,7 @@ SCORE = ("density", "anomaly_map", "sigma", "top_fraction", "image_score", "back
 """What turns end points of the flow into a map and a score."""
 INFERENCE = ("start_time", "steps", *SCORE)
 """What does not need another training."""
-FEATURES = ("layers", "detail", "pool_size", "normalization", *SCORE)
+FEATURES = ("layers", "pool_size", "normalization", *SCORE)
 """What the control without a flow depends on."""
 Point = dict[str, Any]
 
@@ -141,12 +142,12 @@ class Cache:
         fit_background(model, rows, index, MAP)
         return model, seconds
 
-    @torch.no_grad()
     def result(self, data: str, point: Point) -> Result:
         """Train at a point, and score the test images."""
         model, seconds = self.trained(data, point)
         x = features(model, self.images(data).test, point)
-        parts = [model.predict(part, MAP) for part in x.split(BATCH)]
+        with torch.no_grad():
+            parts = [model.predict(part, MAP) for part in x.split(BATCH)]
         pixels = torch.cat([part.anomaly_map[:, 0, 2::4, 2::4] for part in parts])
         flow = point["start_time"] is not None
         parameters = sum(p.numel() for p in model.field.parameters()) if flow else 0

@@ -135,20 +135,6 @@ def in_torch(network: Any) -> Call:
     return call
 
 
-def on_gpu(network: Any, runtime: str) -> Callable[[Tensor], None]:
-    """Put a model on the GPU; return a call that ends when the GPU is done."""
-    network = network.cuda()
-    if runtime.startswith("CUDA graph"):
-        network = torch.compile(network, mode="reduce-overhead", dynamic=False, fullgraph=True)
-
-    def call(images: Tensor) -> None:
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=runtime.endswith("f16")):
-            network(images)
-        torch.cuda.synchronize()
-
-    return call
-
-
 def load(name: str, runtime: str, folder: Path) -> tuple[Call, Path | None]:
     """Open a model in a runtime; return the call, and the exported file if there is one."""
     folder.mkdir(parents=True, exist_ok=True)

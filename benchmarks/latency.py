@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import runtimes
 from benchmarks.base import Line, call, peak_MiB
 from benchmarks.candidates import BUILDERS, EXPORTS, Variant, interleaved, load, ratio, summary
-from benchmarks.common import CONSOLE, Job, Promise, Verdict, machine_of, table, track
+from benchmarks.common import Job, Promise, Verdict, machine_of, table, track
 from benchmarks.runtimes import draw_images
 
 LARGE = ("Patchcore 658", "Patchcore 3000")
@@ -71,17 +71,10 @@ def memory(name: str, runtime: str) -> dict[str, float]:
 
 
 def alone(name: str, runtime: str, path: Path | None) -> dict[str, Any]:
-    """Measure file and peak memory in a process of its own; of an exported model without torch, and its first result.
-
-    A process that fails is told of, and leaves its columns empty: what was timed is not lost.
-    """
+    """Measure file and peak memory in a process of its own; of an exported model without torch, and first result."""
     files = [file for file in path.parent.iterdir() if file.suffix in (".bin", ".data", path.suffix)] if path else []
     line = {"file_MiB": round(sum(file.stat().st_size for file in files) / 2**20, 2) if path else None}
-    try:
-        return line | (call(runtimes.first_result, str(path), runtime) if path else call(memory, name, runtime))
-    except RuntimeError as error:
-        CONSOLE.print(f"{name}, {runtime}: {str(error).splitlines()[-1]}")
-        return line
+    return line | (call(runtimes.first_result, str(path), runtime) if path else call(memory, name, runtime))
 
 
 def measure_grid(variants: list[Variant], rounds: int) -> list[Line]:

@@ -21,8 +21,9 @@ from torchmetrics.classification import BinarySpecificity
 from anomalib_wtflow import FastflowBaseline, WTFlow
 from anomalib_wtflow.anomaly_map import student
 from anomalib_wtflow.conformal import Scores
-from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE, packaged_weights
+from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE
 from anomalib_wtflow.features.store import Row
+from anomalib_wtflow.features.weights import packaged_weights
 from anomalib_wtflow.fit import fit_background, fit_statistics
 
 LAYERS = ("blocks.2", "blocks.4")
@@ -62,8 +63,7 @@ class Squash(PostProcessor):
 def packaged_network() -> nn.Module:
     """EfficientNet-Lite0 with its packaged weights, as timm builds it, up to the layers that all rows use."""
     network = timm.create_model(DEFAULT_BACKBONE, features_only=True, exportable=True, out_indices=[2, 3]).eval()
-    state = packaged_weights()
-    network.load_state_dict({name: state[name] for name in network.state_dict()})
+    network.load_state_dict(packaged_weights(network))
     if list(network.feature_info.module_name()) != list(LAYERS):
         msg = f"timm's layers are {network.feature_info.module_name()}, not {LAYERS}: install the timm of the table."
         raise RuntimeError(msg)

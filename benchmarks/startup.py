@@ -22,19 +22,15 @@ QUICK = {"rounds": 2}
 IMPORTED = Promise("import anomalib_wtflow, before torch, milliseconds", most=5, digits=".2f")
 HELPED = Promise("share that anomalib -h is slowed by", most=0.01, digits=".4f")
 
-IMPORT = """
+CODE = """
 import sys, time
+from anomalib_wtflow import _hook
 for name in [name for name in sys.modules if name.startswith("anomalib_wtflow")]:
     del sys.modules[name]  # what the .pth file has loaded
 start = time.perf_counter()
-import anomalib_wtflow, anomalib_wtflow._hook
-print((time.perf_counter() - start) * 1000)
+import anomalib_wtflow._hook
+imported = time.perf_counter() - start
 assert "torch" not in sys.modules
-"""
-HELP = """
-import sys, time
-start = time.perf_counter()
-from anomalib_wtflow import _hook
 load, seconds = _hook.load_plugin, []
 def timed():
     begin = time.perf_counter()
@@ -46,24 +42,19 @@ try:
     from anomalib.cli.cli import main
     main()
 finally:
-    (plugin,) = seconds
     assert "anomalib_wtflow.data.synthetic" in sys.modules
-    print([plugin, time.perf_counter() - start])
+    print([imported, *seconds, time.perf_counter() - start])
 """
 
 
 def measure(rounds: int) -> Line:
     """Measure both, after a round that fills the file system's cache."""
-    imports, plugins, shares = [], [], []
-    for turn in track(range(rounds + 1), "Measuring"):
-        milliseconds, (plugin, whole) = (last_json([sys.executable, "-c", code]) for code in (IMPORT, HELP))
-        if turn:
-            imports.append(milliseconds)
-            plugins.append(plugin * 1000)
-            shares.append(plugin / (whole - plugin))
+    taken = [last_json([sys.executable, "-c", CODE]) for _ in track(range(rounds + 1), "Measuring")][1:]
+    imports, plugins, wholes = zip(*taken, strict=True)
+    shares = [plugin / (whole - plugin) for plugin, whole in zip(plugins, wholes, strict=True)]
     return {
-        "import_ms": round(statistics.median(imports), 3),
-        "plugin_ms": round(statistics.median(plugins), 1),
+        "import_ms": round(1000 * statistics.median(imports), 3),
+        "plugin_ms": round(1000 * statistics.median(plugins), 1),
         "help_share": round(statistics.median(shares), 5),
         "rounds": rounds,
     }

@@ -1,11 +1,12 @@
-"""The experiments on cached features: their metrics, and the rule that chose the defaults."""
+"""The experiments on cached features: their metrics and tables."""
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from anomalib_wtflow.settings import get_settings
-from benchmarks import ablation, cached
+from benchmarks import ablation, cached, contribution
 from benchmarks.common import METRICS
 
 BASE = cached.start()
@@ -32,15 +33,18 @@ def images(masks=True):
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_an_experiment_trains_once_for_all_its_scores(masks, monkeypatch):
-    trainings, train = [], cached.train
-    monkeypatch.setattr(cached, "train", lambda *arguments: trainings.append(arguments) or train(*arguments))
+    trainings, fit = [], cached.fit_model
+    monkeypatch.setattr(cached, "fit_model", lambda *arguments: trainings.append(arguments) or fit(*arguments))
     cache = cached.Cache()
     cache.loaded["d"] = images(masks)
     point = cached.start(max_epochs=1, width=8)
-    results = [cache.result("d", {**point, **change}) for change in ({}, {"contrast": 0.0}, {"start_time": 0.2})]
+    results = [
+        cache.result("d", {**point, **change}) for change in ({}, {"background_slope": 0.0}, {"start_time": 0.2}, {})
+    ]
     assert len(trainings) == 1
     assert results[0].parameters > 0
     assert not torch.equal(results[0].scores, results[2].scores)
+    assert torch.equal(results[0].scores, results[3].scores)
     control = cache.result("d", {**point, "start_time": None})
     assert (len(trainings), control.parameters, control.seconds) == (1, 0, 0.0)
     metrics = cached.measure(control, cache.images("d"))
@@ -53,71 +57,59 @@ def test_an_experiment_trains_once_for_all_its_scores(masks, monkeypatch):
 def test_a_factor_varies_what_there_is():
     for changes in ablation.FACTORS.values():
         for change in changes:
-            point = cached.start(**change)
-            assert get_settings(**{name: value for name, value in point.items() if name not in cached.EXTRAS})
+            assert get_settings(**cached.start(**change))
     with pytest.raises(ValueError, match="no setting 'thinning'"):
         cached.start(thinning=4)
 
 
-def test_mean_ranks():
-    results = [
-        {"label": label, "data": data, "metrics": dict.fromkeys(METRICS, value)}
-        for data in ablation.REAL
-        for label, value in (("a", 0.9), ("b", 0.8), ("c", 0.9))
-    ]
-    assert ablation.mean_ranks(results) == {"a": 1.5, "b": 3.0, "c": 1.5}
-
-
-def measured(setting, rank, parameters=1000, seconds=10.0):
+def measured(setting, value, sets=ablation.REAL):
     return [
-        {
-            "label": str(setting), "data": data, "setting": setting, "parameters": parameters,
-            "metrics": dict.fromkeys(METRICS, 1 - 0.1 * rank), "seconds": seconds,
-        }
-        for data in ablation.REAL
-    ]  # fmt: skip
-
-
-def test_the_rule_takes_the_best_rank_within_the_bounds():
-    wide, slow, unet = cached.start(width=512), cached.start(max_epochs=500), cached.start(network="unet")
-    results = (
-        measured(BASE, 3) + measured(wide, 2, 2000) + measured(slow, 1, seconds=301) + measured(unet, 0, 6_000_000)
-    )
-    assert ablation.winner(results, BASE) == wide
-
-
-def test_the_rule_breaks_ties_by_parameters_then_computation_then_the_base():
-    small, long, fine = cached.start(width=128), cached.start(max_epochs=160), cached.start(steps=2)
-    assert ablation.winner(measured(BASE, 1, 2000) + measured(small, 1, 1000), BASE) == small
-    assert ablation.winner(measured(long, 1) + measured(fine, 1) + measured(BASE, 1), BASE) == BASE
-    other = cached.start(coupling="optimal")
-    assert ablation.winner(measured(other, 1) + measured(BASE, 1), BASE) == BASE
-
-
-def test_a_factor_is_ranked_at_its_own_start_time():
-    base = cached.start(start_time=0.3)
-    lines = [
-        {**line, "factor": "importance", "base": base}
-        for importance in (1.0, 2.0)
-        for start_time in (None, 0.3, 0.4)
-        for line in measured({**base, "importance": importance, "start_time": start_time}, importance)
+        {"factor": "f", "base": BASE, "data": data, "setting": setting, "metrics": dict.fromkeys(METRICS, value)}
+        for data in sets
     ]
-    ranked = ablation.of_factor(lines, "importance", base)
-    assert {line["label"] for line in ranked} == {"importance=1.0", "importance=2.0"}
-    assert {line["setting"]["start_time"] for line in ranked} == {base["start_time"]}
-    assert ablation.start_times("importance", base) == [0.3]
-    assert ablation.start_times("pool", base) == [None, 0.3]
-    assert ablation.start_times("start", {**base, "start_time": 0.7}) == [0.7]
 
 
-def test_what_is_not_measured_on_all_sets_is_not_ranked():
-    wide = cached.start(width=512)
-    lines = [{**line, "factor": "network", "base": BASE} for line in measured(BASE, 2) + measured(wide, 1)[:1]]
-    assert {line["setting"]["width"] for line in ablation.of_factor(lines, "network")} == {None}
-    assert "512" not in ablation.render(lines)
+def test_settings_are_ranked_at_the_base_s_start_time():
+    """Ties share a rank; seeds are averaged; the control, and what is not there for all sets, is left out."""
+    settings = {width: cached.start(width=width) for width in (64, 128, 256, 512)}
+    lines = measured(settings[64], 0.9) + measured(settings[128], 0.8) + measured({**settings[256], "seed": 1}, 0.8)
+    lines += measured(settings[256], 1.0) + measured(settings[512], 1.0, ablation.REAL[:1])
+    lines += measured(cached.start(width=64, start_time=None), 1.0) + measured(cached.start(start_time=0.9), 1.0)
+    rows = ablation.of_factor(lines, "f")
+    assert ablation.mean_ranks(rows) == {"width=64": 1.5, "width=256": 1.5, "width=128": 3.0}
+    assert "| width=128 | 3.00 | 0.8000 | 0.8000 |" in ablation.render(lines)
+    assert ablation.start_times("importance", BASE) == [BASE["start_time"]]
+    assert ablation.start_times("pool", BASE) == [None, BASE["start_time"]]
 
 
-def test_another_factors_measurement_is_taken_over():
-    gives = {"factor": "new", "data": "d", "setting": BASE, "base": BASE}
-    line = {**gives, "factor": "old", "metrics": {"image_AUROC": 0.5}}
-    assert ablation.measure_one(cached.Cache(), [line], gives) == {**line, "factor": "new"}
+def test_weighted_auroc_against_sklearn():
+    generator = np.random.default_rng(0)
+    label, score = generator.random(30) > 0.5, generator.integers(0, 10, 30).astype(float)
+    weight = contribution.draws(label, generator)[[0, 1, 7]]
+    assert (weight[:, label].sum(1) == label.sum()).all()
+    assert (weight[:, ~label].sum(1) == (~label).sum()).all()
+    for value, w in zip(contribution.image_auroc(score, label, weight), weight, strict=True):
+        assert value == pytest.approx(roc_auc_score(label, score, sample_weight=w))
+
+
+def test_differences_are_those_of_the_means(monkeypatch):
+    labels = torch.arange(20) >= 10
+    cache = cached.Cache()
+    cache.loaded["d"] = cached.Images({}, {}, labels, None)
+
+    def result(data, point):
+        noise = torch.Generator().manual_seed(point["seed"])
+        shift = 0.0 if point["start_time"] is None else 3.0
+        scores = torch.randn(20, generator=noise) + shift * labels
+        return cached.Result(scores, scores[:, None, None], 0, 0.0)
+
+    monkeypatch.setattr(cache, "result", result)
+    line = contribution.contribution(cache, "d", BASE, [0, 1])
+    shown = {(d["of"], d["to"]): d for d in line["differences"]}
+    worst = np.mean([run["image_AUROC"] for run in line["metrics"]["worst"]])
+    gain = shown["worst", contribution.NO_FLOW]
+    control = line["metrics"][contribution.NO_FLOW][0]["image_AUROC"]
+    assert gain["difference"] == pytest.approx(worst - control, abs=2e-3)
+    assert 0 < gain["low"] < gain["difference"] < gain["high"]
+    assert shown["worst", "independent"]["difference"] == 0
+    assert f"| worst less {contribution.NO_FLOW} | +" in contribution.render([{**line, "data": "d"}])

@@ -1,6 +1,5 @@
 """The command, and what all benchmarks share: it decides what is measured again, and what the README shows."""
 
-import json
 from importlib import import_module
 
 import pytest
@@ -16,16 +15,8 @@ def test_the_list_names_each_benchmark_with_a_line(capsys):
     lines = capsys.readouterr().out.splitlines()[-len(NAMES) :]
     assert [line.split()[0] for line in lines] == list(NAMES)
     assert all(len(line.split()) > 5 for line in lines)
-    assert main(["--help"]) == 0
-    assert capsys.readouterr().out.splitlines()[-len(NAMES) :] == lines
-
-
-def test_an_unknown_name_says_which_there_are(capsys):
     assert main(["acuracy"]) == 2
-    assert (
-        "There is no benchmark 'acuracy': choose one of accuracy, generalise, threshold, products, ablation"
-        in capsys.readouterr().err
-    )
+    assert "There is no benchmark 'acuracy': choose one of accuracy, products" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if base.results(name).is_file()])
@@ -37,21 +28,11 @@ def test_committed_results_are_rendered_and_none_is_there_twice(name, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_results_survive_a_line_that_was_cut_short(tmp_path):
-    line = {"model": "WTFlow", "data": "x", "seed": 0, "settings": {}}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(line) + "\n" + json.dumps(line)[:20])
-    assert base.read(path) == [line]
-    base.put(path, [{**line, "seed": 1}], KEY)
-    assert base.read(path) == [line, {**line, "seed": 1}]
-
-
 def test_a_repetition_takes_the_place_of_the_first(tmp_path):
     path = tmp_path / "results.json"
     base.put(path, [{"model": "a", "seed": 0, "x": 1}, {"model": "b", "seed": 0, "x": 2}], KEY)
     base.put(path, [{"model": "a", "seed": 0, "x": 3}], KEY)
     assert [(line["model"], line["x"]) for line in base.read(path)] == [("a", 3), ("b", 2)]
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_no_results_are_told_of(tmp_path):
