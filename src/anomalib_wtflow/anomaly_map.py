@@ -146,24 +146,16 @@ class AnomalyMapGenerator(nn.Module):
     def forward(
         self, log_density: Tensor, image_size: tuple[int, int] | torch.Size, index: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Make the map and the score.
-
-        Args:
-            log_density: ``log q_l``, ``(N, L, H, W)``.
-            image_size: Height and width of the model's input.
-            index: Index of each image's product, whose slope and limit hold, ``(N,)``.
-
-        Returns:
-            The anomaly map, ``(N, 1, *image_size)``, and the image score, ``(N,)``; both at least 0.
-
-        Raises:
-            WTFlowError: If the image is smaller than the Gaussian.
-        """
+        """Make the map ``(N, 1, *image_size)`` and the score ``(N,)``, both at least 0; see :meth:`fit`."""
         anomaly_map = self.map(log_density, image_size)
         return anomaly_map, self.score(self.values(log_density, anomaly_map), index)
 
     def map(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size) -> Tensor:
-        """Make the anomaly map ``(N, 1, *image_size)`` of ``log q_l``, ``(N, L, H, W)``."""
+        """Make the anomaly map ``(N, 1, *image_size)`` of ``log q_l``, ``(N, L, H, W)``.
+
+        Raises:
+            WTFlowError: If the image is smaller than the Gaussian.
+        """
         if self.sigma and min(image_size) <= reach(self.sigma):
             msg = (
                 f"Images of {image_size[0]}x{image_size[1]} pixels are too small to smooth with sigma={self.sigma}, "
@@ -224,7 +216,7 @@ class AnomalyMapGenerator(nn.Module):
         then spread least. ``limit = max + 2 (max - mean)`` of the levels. A product without images keeps its own.
 
         Args:
-            log_density: ``log q_l`` of good images.
+            log_density: ``log q_l``, ``(N, L, H, W)``.
             image_size: Height and width of the model's input.
             index: Index of each image's product, ``(N,)``.
         """

@@ -13,7 +13,7 @@ from anomalib_wtflow.torch_model import WTFlowModel
 
 BATCH = 32
 BACKGROUND_IMAGES, FEWEST, MOST = 96, 24, 768
-"""Images of each product that the background slope comes from: 96, or fewer, at least 24, so that they are at most 768."""
+"""Images of each product that the background slope comes from, fewer of many products, and most of all."""
 
 
 def plan_of(settings: Settings) -> TrainingPlan:

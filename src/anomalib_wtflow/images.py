@@ -141,5 +141,5 @@ def raise_for_broken(what: str, paths: Sequence[str], *values: Tensor) -> None:
     """
     broken = (~finite(*values)).nonzero().flatten().tolist()
     if broken:
-        msg = f"The {what} of '{paths[broken[0]]}' has NaN or infinite values: replace the image, or load or train another model."
+        msg = f"The {what} of '{paths[broken[0]]}' has NaN or infinite values: replace the image or the model."
         raise WTFlowError(msg)

@@ -106,9 +106,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         Args:
             image_size: Side, or height and width, in pixels; None for the backbone's own.
             backbone: Name of the timm model that the statistics belong to.
-
-        Raises:
-            WTFlowError: If the backbone is unknown.
         """
         config = get_data_config(backbone)
         resize = Resize(get_image_size(backbone, image_size), antialias=False)

@@ -31,8 +31,8 @@ class WTFlowPostProcessor(PostProcessor):
     product (distance d > 1) is anomalous, with a score of at least ``d T``. An image or pixel whose raw score is NaN or
     infinite is anomalous, with the highest score.
 
-    The thresholds come from held-out training images, from good validation images of the training, or both
-    (:meth:`begin`), and are set at the end of the validation.
+    The thresholds are set at the end of a training's validation, from held-out training images, good validation images
+    or both.
 
     Args:
         false_alarm_rate: Share of good parts, in (0, 1), that may be called anomalous; None for anomalib's own
@@ -129,11 +129,7 @@ class WTFlowPostProcessor(PostProcessor):
         self._report()
 
     def calibrate(self, scores: Scores, count: int = 1) -> None:
-        """Set both thresholds of each product that the scores show; others keep theirs.
-
-        Args:
-            scores: Of n good images that the field was not trained on.
-            count: Number of products.
+        """Set both thresholds of each of ``count`` products that the scores show; others keep theirs.
 
         Raises:
             WTFlowError: If a score is NaN, or too many of a product's are infinite.
@@ -171,7 +167,7 @@ class WTFlowPostProcessor(PostProcessor):
 
     @property
     def calibration_images(self) -> Tensor:
-        """Number of images that the thresholds of each product come from."""
+        """Number of images behind the thresholds of each product."""
         return torch.bincount(self.calibration_index, minlength=len(self.effective_false_alarm_rate))
 
     @property

@@ -114,8 +114,8 @@ class FeatureExtractor(nn.Module):
     Any model of which timm gives feature maps; the tokens of a transformer become maps, and its prefix tokens (class,
     registers) are left out. Batch normalisations that follow a convolution are folded into it; other norms stay.
 
-    ``(N, 3, H, W)`` -> ``(N, sum_l C_l, H', W')``. Each layer is averaged over ``pool_size x pool_size`` neighbours with
-    stride ``pool_stride`` and resized bilinearly to the size of the coarsest, and the layers are stacked.
+    ``(N, 3, H, W)`` -> ``(N, sum_l C_l, H', W')``. Each layer is averaged over ``pool_size x pool_size`` neighbours
+    with stride ``pool_stride`` and resized bilinearly to the size of the coarsest, and the layers are stacked.
 
     Args:
         backbone: Name of a timm model.

@@ -15,19 +15,14 @@ from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.flow.registry import lookup
 
 
-def assign(inner: Tensor, maximize: bool) -> Tensor:
-    """Solve a batch of assignments over the inner products ``(K, N, N)``; returns column indices ``(K, N)``."""
-    matrices = inner.detach().float().cpu()
-    if not matrices.isfinite().all():
+def _assign(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
+    """Permute the noise over the images of the batch so that the sum of ``<x_i, eps_i>`` is largest, or smallest."""
+    inner = (x0.flatten(1) @ noise.flatten(1).T).detach().float().cpu()
+    if not inner.isfinite().all():
         msg = "The features or the noise hold NaN or infinite values: check the weights file and the images."
         raise WTFlowError(msg)
-    columns = [linear_sum_assignment(matrix, maximize=maximize)[1] for matrix in matrices.numpy()]
-    return torch.stack([torch.from_numpy(column) for column in columns]).to(inner.device)
-
-
-def _by_image(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
-    index = assign((x0.flatten(1) @ noise.flatten(1).T)[None], maximize)
-    return noise[index[0]]
+    columns = torch.from_numpy(linear_sum_assignment(inner.numpy(), maximize=maximize)[1])
+    return noise[columns.to(noise.device)]
 
 
 def independent(x0: Tensor, noise: Tensor) -> Tensor:
@@ -38,12 +33,12 @@ def independent(x0: Tensor, noise: Tensor) -> Tensor:
 
 def optimal(x0: Tensor, noise: Tensor) -> Tensor:
     """``argmin_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch optimal transport."""
-    return _by_image(x0, noise, maximize=True)
+    return _assign(x0, noise, maximize=True)
 
 
 def worst(x0: Tensor, noise: Tensor) -> Tensor:
     """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch worst transport."""
-    return _by_image(x0, noise, maximize=False)
+    return _assign(x0, noise, maximize=False)
 
 
 def worst_of_two(x0: Tensor, noise: Tensor) -> Tensor:

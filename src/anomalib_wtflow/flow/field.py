@@ -56,8 +56,8 @@ class PointwiseConv(nn.Conv2d):
 class PointwiseField(nn.Module):
     """The same residual network at every position: 1x1 convolutions only (ours).
 
-    ``h = A x + B silu(M x + T emb(t) + E c)``, c being the class embedding, then ``h <- h + B' silu(M' h + T' emb(t))`` for
-    each further block, ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide
+    ``h = A x + B silu(M x + T emb(t) + E c)`` with the class embedding c, then ``h <- h + B' silu(M' h + T' emb(t))``
+    for each further block, ``v = C silu(h)``. It sees one position at a time, so that an unusual position cannot hide
     in its neighbourhood, and its cost is a few matrix products.
 
     Args:

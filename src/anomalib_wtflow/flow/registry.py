@@ -10,12 +10,7 @@ _Entry = TypeVar("_Entry")
 
 
 def lookup(table: Mapping[str, _Entry], kind: str, name: str) -> _Entry:
-    """Return ``table[name]``.
-
-    Args:
-        table: The valid names and what they stand for.
-        kind: What the names are, for the message ("coupling").
-        name: The name that a user wrote.
+    """Return ``table[name]``, ``kind`` being what the names are, as "coupling".
 
     Raises:
         WTFlowError: If the name is unknown; the message lists the valid ones.

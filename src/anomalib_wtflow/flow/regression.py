@@ -72,7 +72,7 @@ class TrainingPlan:
 
 
 class FieldTraining:
-    """One training of a field: draws, steps, and the average of the weights.
+    """Draws, steps, and the running average of the weights.
 
     Args:
         field: Vector field, on the device to train on.
@@ -109,19 +109,16 @@ class FieldTraining:
         # Reused: a new batch would be mapped anew by the C library in each step, which takes longer than to fill it.
         self.batch = x0[0].new_empty(max(plan.batch_size, EVALUATED), *x0[0].shape)
         self.order = Generator().manual_seed(plan.seed)
-        self.noise = self._generator()
+        noise_seed, self.reference_seed = torch.randint(2**62, (2,), generator=self.order).tolist()
+        self.noise = Generator(self.device).manual_seed(noise_seed)
         self.averaged = copy.deepcopy(field) if plan.averaging else field
-        parameters = field.parameters()
-        fused = self.device.type in ("cpu", "cuda")  # 15 % of a step on two cores
-        self.optimizer = optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused)
+        # Fused, a step takes 15 % less on two cores.
+        options = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay, "fused": True}
+        self.optimizer = optim.AdamW(field.parameters(), **options)
         steps = plan.max_epochs * math.ceil(len(x0) / plan.batch_size)
         self.schedule = optim.lr_scheduler.LambdaLR(self.optimizer, SCHEDULERS[plan.scheduler](steps))
         self.reference = torch.linspace(0, len(x0) - 1, min(len(x0), REFERENCE_ROWS)).long()
-        self.reference_seed = int(torch.randint(2**62, (), generator=self.order))
         self.steps = 0
-
-    def _generator(self) -> Generator:
-        return Generator(self.device).manual_seed(int(torch.randint(2**62, (), generator=self.order)))
 
     def loss(self, field: nn.Module, rows: Tensor, generator: Generator) -> Tensor:
         """Return the matching loss of a field on some data points, by their indices."""
@@ -184,7 +181,7 @@ def fit_field(
     """Minimise ``E || v_theta(x_t, t) - u_t ||^2`` (arXiv 2508.05461v3), and leave the averaged weights in the field.
 
     The training stops early where the loss of the averaged weights fell by less than ``plateau`` in the last half of
-    the epochs (ours). No label, test image or calibration image takes part.
+    the epochs (ours).
 
     Args:
         training: The field and its data; the field is left in evaluation mode.
