@@ -52,6 +52,5 @@ def test_an_image_that_is_the_mean_of_its_positions_is_normal_all_over(trained: 
     scored = dict(without_flow(trained.model, [image], training))
     assert np.abs(scored[POSITION_MEANS][0].anomaly_map.numpy()).max() < 1e-5
     assert scored[WHITENED][0].anomaly_map.max() > 0.1
-    # Nothing to whiten with for a second product.
     model = SimpleNamespace(model=trained.model.model, products=["a", "b"])
     assert list(controls(model, training)) == [UNWHITENED]
