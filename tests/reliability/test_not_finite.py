@@ -15,9 +15,9 @@ from ready import SIDE, drawn, ready
 from torch import Tensor, nn
 
 from anomalib_wtflow import SyntheticParts, WTFlow
+from anomalib_wtflow.checkpoint import broken_tensors
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.features import backbone
-from anomalib_wtflow.torch_model import broken_tensors
 from conftest import quiet_engine
 
 VALUES = (math.nan, math.inf, -math.inf)
@@ -114,7 +114,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("runtime", ["torch", "onnx", "openvino"])
 def test_exports_call_it_anomalous(exported: SimpleNamespace, runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the score 1; what is wrong with an image leaves the others alone; no output is NaN or infinite."""
-    monkeypatch.setattr(backbone, "CHUNK", len(exported.batch))  # hooks in the backbone count the images of a batch
+    monkeypatch.setattr(backbone, "CPU_CHUNK", len(exported.batch))  # hooks in the backbone count the images of a batch
     if runtime == "torch":
         result = run_torch(exported.torch, exported.batch)
     elif runtime == "onnx":
