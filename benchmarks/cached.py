@@ -3,6 +3,7 @@
 A point of an experiment is a dictionary of WTFlow's settings. A ``start_time`` of None is the control without a flow.
 """
 
+import copy
 import json
 import time
 from collections.abc import Iterable
@@ -134,7 +135,7 @@ class Cache:
             else:
                 fit_statistics(model, rows, index)
             seconds = time.perf_counter() - begin if flow else 0.0
-            self.last = (training, model.state_dict(), rows, seconds)
+            self.last = (training, copy.deepcopy(model.state_dict()), rows, seconds)
         _, state, rows, seconds = self.last
         # How the image score is taken belongs to the inference.
         fitted = {name: value for name, value in state.items() if not name.startswith("anomaly_map_generator")}

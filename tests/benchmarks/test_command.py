@@ -35,11 +35,6 @@ def test_a_repetition_takes_the_place_of_the_first(tmp_path):
     assert [(line["model"], line["x"]) for line in base.read(path)] == [("a", 3), ("b", 2)]
 
 
-def test_no_results_are_told_of(tmp_path):
-    with pytest.raises(SystemExit, match="python -m benchmarks latency"):
-        base.need("latency", tmp_path / "none.json")
-
-
 class Small:
     """A benchmark of two lines, which counts its measurements."""
 
