@@ -52,7 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plugin(folder: Path) -> Iterator[ModuleType]:
-    """The plugin's module, imported."""
     sys.path.insert(0, str(folder / "src"))
     yield importlib.import_module("pixel_gaussian.lightning_model")
     sys.path.remove(str(folder / "src"))
@@ -275,8 +274,6 @@ def test_scores_and_labels_of_anomalibs_post_processor() -> None:
 
 
 class Foreign(nn.Module):
-    """A model whose map is a function of the images."""
-
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.function = function

@@ -168,10 +168,7 @@ def int8(trained: SimpleNamespace) -> dict[str, Path]:
 
 
 def test_int8_keeps_stem_and_tail_in_float(trained: SimpleNamespace, int8: dict[str, Path]) -> None:
-    """The backbone's convolutions behind the third have 8-bit weights and inputs, and nothing else has.
-
-    Not the stem, no sum of a residual block, nothing of the flow and the score.
-    """
+    """The backbone's convolutions behind the third have 8-bit weights and inputs; no sum, flow or score has."""
     import openvino
 
     operations = openvino.Core().read_model(int8["INT8_PTQ"]).get_ordered_ops()
@@ -208,9 +205,6 @@ def test_the_stem_stays_precise(exported: SimpleNamespace, kind: str) -> None:
     assert precisions["bf16"][:3] == ["f32"] * 3
     assert set(precisions["bf16"][3:]) == {"bf16"}
     assert set(precisions["f32"]) == {"f32"}
-
-
-# Thresholds and what an export says of itself ------------------------------------------------------------------------
 
 
 def metadata(path: Path) -> dict[str, str]:
