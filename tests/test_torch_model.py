@@ -73,6 +73,12 @@ def test_the_model_always_evaluates() -> None:
     assert not any(module.training for module in model.modules())
 
 
+def test_a_model_can_load_its_own_state() -> None:
+    model = fitted()
+    model.load_state_dict(model.state_dict())
+    assert model.fitted
+
+
 def test_errors() -> None:
     with pytest.raises(WTFlowError, match="not trained: train it first, or load a checkpoint"):
         WTFlowModel()(torch.randn(1, 3, 64, 64))

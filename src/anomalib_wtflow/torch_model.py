@@ -44,6 +44,9 @@ class WTFlowModel(nn.Module):
         WTFlowError: If the backbone or a layer is unknown, or the weights file does not fit.
     """
 
+    per_product = ("class_embeddings",)
+    class_embeddings: Tensor
+
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
         s = self.settings = settings or Settings()
@@ -61,7 +64,6 @@ class WTFlowModel(nn.Module):
         self.field = self.build_field()
         self.anomaly_map_generator = self.build_anomaly_map_generator()
         self.recognizer = ProductRecognizer(self.feature_extractor.out_channels)
-        self.class_embeddings: Tensor
         self.register_buffer("class_embeddings", class_embeddings(1))
         self.register_load_state_dict_pre_hook(_make_room)
         self.sampling = PositionSampling(self.channels, s.importance) if self.field.pointwise else None
@@ -167,4 +169,4 @@ def _make_room(model: WTFlowModel, state: dict[str, Any], prefix: str, *_: Any) 
     """Let a model take the weights of one with another number of products."""
     embeddings = state.get(f"{prefix}class_embeddings")
     if embeddings is not None:
-        model.set_products(len(embeddings))
+        allocate(model, len(embeddings))
