@@ -29,5 +29,6 @@ def ready(products: int = 1, **overrides: object) -> WTFlow:
     with torch.no_grad():
         result = network(prepare(torch.cat([drawn(range(20, 32), k) for k in range(products)])))
     peaks = result.anomaly_map.flatten(1).amax(dim=1)
+    model._is_fitted = torch.tensor([True])  # so that a validation does not collect
     model.post_processor.calibrate(Scores.of(1.5 * result.pred_score, 1.5 * peaks, result.recognition), products)
     return model
