@@ -174,8 +174,7 @@ def test_images_that_the_model_was_trained_with_and_copies_are_left_out(
     done = calibrate(trained.checkpoint, mixed, tmp_path / "mixed.ckpt")
     trained_on, copies, others = done.unused.values()
     assert trained_on == [f"moved/{path.name}" for path in seen]
-    assert len(copies) == 1
-    assert others == []
+    assert (len(copies), others) == (1, [])
     assert (done.products[0].images, done.products[0].after) == (10, wanted.after)
     names = ", ".join(f"'{name}'" for name in trained_on[:5])
     text = f"Left out {len(seen)}, since the model was trained with them: {names} and {len(seen) - 5} more."
@@ -234,3 +233,16 @@ def test_images_that_raise_the_threshold_are_named(values: list[float], text: st
     lines = [line for line in one.describe(0.05) if "exceed" in line]
     assert len(lines) == (text is not None)
     assert all(line.startswith(text or "") for line in lines)
+
+
+def test_a_model_without_old_scores_gets_a_threshold() -> None:
+    """As one that was trained for anomalib's F1 threshold."""
+    post, new = WTFlowPostProcessor(0.1), Scores(torch.arange(9.0), torch.arange(9.0), torch.zeros(9).long())
+    before, none = (
+        (post.image_threshold.tolist(), post.pixel_threshold.tolist()),
+        Scores(*(values[:0] for values in new)),
+    )
+    post.calibrate(new)
+    model = SimpleNamespace(post_processor=post, products=["parts"])
+    one = change_of(model, 0, before, new, none, list("abcdefghi"), ALPHA)  # type: ignore[arg-type]
+    assert (one.after, one.moved, one.can_tell, one.anomalous) == (8, False, False, {})

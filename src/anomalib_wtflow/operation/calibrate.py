@@ -16,9 +16,10 @@ from torch import Tensor
 from anomalib_wtflow.checkpoint import read_checkpoint
 from anomalib_wtflow.conformal import Scores, images_needed
 from anomalib_wtflow.errors import WTFlowError
+from anomalib_wtflow.flow.rows import allocate
 from anomalib_wtflow.images import mark_of, marks_of
 from anomalib_wtflow.lightning_model import WTFlow
-from anomalib_wtflow.operation.checkpoint import load_model, score_images, to_device
+from anomalib_wtflow.operation.checkpoint import load_model, score_files, to_device
 from anomalib_wtflow.post_processor import WTFlowPostProcessor
 from anomalib_wtflow.settings import check
 
@@ -87,8 +88,7 @@ class Calibrated:
 
     def __str__(self) -> str:
         """Describe it in a few lines."""
-        some = [(why, names) for why, names in self.unused.items() if names]
-        lines = [f"Left out {len(names)}, since {why}: {listed(names)}." for why, names in some]
+        lines = [f"Left out {len(names)}, since {why}: {listed(names)}." for why, names in self.unused.items() if names]
         several = len(self.products) + len(self.unseen) > 1
         for each in self.products:
             lines += each.describe(self.false_alarm_rate, f" of '{each.product}'" if several else "")
@@ -134,15 +134,17 @@ def calibrate(
     post.false_alarm_rate = rate
     fresh, unused = sort_images(good_images(folder), model.marks["training"])
     to_device(model, device)
-    new = score_images(model, fresh)
+    new = score_files(model, fresh)
     old = Scores(post.calibration_scores.cpu(), post.calibration_scores.cpu(), post.calibration_index.cpu())
     used = enough_images(new, old, len(model.products), images_needed(rate))
+    allocate(post, len(model.products))
     before = post.image_threshold.tolist(), post.pixel_threshold.tolist()
     post.calibrate(Scores(*(values[used] for values in new)), len(model.products))
     names = [os.path.relpath(each, folder) for each in fresh]
     shown = new.index[used].unique().tolist()
     changes = [change_of(model, k, before, new, old, names, ALPHA / len(shown)) for k in shown]
-    model.marks["calibration"] = marks_of([each for each, kept in zip(fresh, used.tolist(), strict=True) if kept])
+    files = marks_of([each for each, kept in zip(fresh, used.tolist(), strict=True) if kept])
+    model.marks = {**model.marks, "calibration": files}
     save(path, target, model)
     unseen = [name for k, name in enumerate(model.products) if k not in shown]
     unused = {why: [os.path.relpath(each, folder) for each in paths] for why, paths in unused.items()}
@@ -172,9 +174,7 @@ def sort_images(paths: Sequence[str], trained_on: Tensor) -> tuple[list[str], di
         WTFlowError: If no image is left.
     """
     known, seen = set(trained_on.tolist()), set()
-    fresh: list[str] = []
-    familiar: list[str] = []
-    copies: list[str] = []
+    fresh, familiar, copies = list[str](), list[str](), list[str]()
     for path in paths:
         content = sha256(Path(path).read_bytes()).digest()
         (familiar if mark_of(path) in known else copies if content in seen else fresh).append(path)
@@ -213,12 +213,12 @@ def change_of(
     """Compare the new scores of product ``k`` with the old ones, and its thresholds with those before.
 
     The test can tell nothing where p would not be below alpha if all n new scores were above all m old ones: that gives
-    the least p, ``2 n! m! / (n + m)!``.
+    the least p, ``2 n! m! / (n + m)!``. A model that had anomalib's threshold has no old scores, and m is 0.
     """
     post: Any = model.post_processor
     own = new.index == k
     scores, others = new.score[own].numpy(), old.score[old.index == k].numpy()
-    test = mannwhitneyu(scores, others, alternative="two-sided")
+    test = mannwhitneyu(scores, others if len(others) else scores, alternative="two-sided")
     return Change(
         product=model.products[k],
         before=before[0][k],
@@ -250,11 +250,11 @@ def listed(names: Sequence[str] | Mapping[str, float], most: int = 5) -> str:
 
 def save(source: Path, target: Path, model: WTFlow) -> None:
     """Write a checkpoint with the model's thresholds and rate, and all else as it was."""
-    checkpoint, post = read_checkpoint(source), model.post_processor
-    assert isinstance(post, WTFlowPostProcessor)
+    checkpoint = read_checkpoint(source)
+    post: Any = model.post_processor
     state = post.state_dict(prefix="post_processor.")
     checkpoint["state_dict"] |= {name: value.cpu() for name, value in state.items()}
+    checkpoint.get("callbacks", {}).pop(post.state_key, None)  # a second copy of the old thresholds
     model.on_save_checkpoint(checkpoint)
     checkpoint["hyper_parameters"]["false_alarm_rate"] = post.false_alarm_rate
-    target.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, target)

@@ -34,7 +34,7 @@ def to_device(model: WTFlow, device: str) -> None:
 
 
 @torch.no_grad()
-def score_images(model: WTFlow, paths: Sequence[str]) -> Scores:
+def score_files(model: WTFlow, paths: Sequence[str]) -> Scores:
     """Score image files as the model does in production.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from anomalib import metrics
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomalib_wtflow._registration import register_report
 
@@ -21,43 +21,38 @@ OF_GOOD_IMAGES = (metrics.AUPIMO, metrics.PIMO)
 class DefinedMetrics(Callback):
     """Leave out of a test what needs good and defective images, or pixels, if the test images have only one of them.
 
-    Each batch updates all metrics. Between batches, and so at the end, the evaluator holds those that the images up to
-    then define.
+    Each batch updates all metrics. Between batches, and so at the end, the evaluator shows those that the images up to
+    then define: a list in its ``vars`` hides its own, in which Lightning finds the names of metrics.
     """
 
     def __init__(self) -> None:
-        self._all: nn.ModuleList | None = None
+        self._seen: dict[str, Tensor] = {}
 
     def on_test_start(self, _trainer: Trainer, pl_module: Any) -> None:
-        """Keep all metrics, in the evaluator too: Lightning lists a module's metrics once, at the first test."""
-        evaluator = getattr(pl_module, "evaluator", None)
-        if evaluator is not None and hasattr(pl_module, "products"):
-            self._all = evaluator.all_test_metrics = evaluator.test_metrics
-            self._seen = {"gt_label": torch.zeros(2), "gt_mask": torch.zeros(2)}
+        """Start anew; models of other classes are left alone."""
+        ours = getattr(pl_module, "evaluator", None) is not None and hasattr(pl_module, "products")
+        self._seen = {"gt_label": torch.zeros(2), "gt_mask": torch.zeros(2)} if ours else {}
 
     def on_test_batch_start(self, _trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Let the batch update all metrics."""
-        if self._all is not None:
-            pl_module.evaluator.test_metrics = self._all
+        if self._seen:
+            vars(pl_module.evaluator).pop("test_metrics", None)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Keep the metrics that all images up to now define, in all processes alike."""
-        if self._all is None:
-            return
+        """Show the metrics that all images up to now define, in all processes alike."""
         for name, seen in self._seen.items():
             truth = getattr(outputs, name)
             if truth is not None:
                 seen[truth.unique().long().cpu()] = 1
             seen = trainer.strategy.reduce(seen.to(pl_module.device), reduce_op="max")
             self._seen[name] = torch.as_tensor(seen).cpu()
-        pl_module.evaluator.test_metrics = nn.ModuleList(each for each in self._all if is_defined(each, self._seen))
+        if self._seen:
+            evaluator = pl_module.evaluator
+            vars(evaluator)["test_metrics"] = [each for each in evaluator.test_metrics if is_defined(each, self._seen)]
 
-    def on_test_end(self, _trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Put them back, after a failure too."""
-        if self._all is not None:
-            pl_module.evaluator.test_metrics = self._all
-            del pl_module.evaluator.all_test_metrics
-        self._all = None
+    def on_test_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Show all of them again, after a failure too."""
+        self.on_test_batch_start(trainer, pl_module)
 
     on_exception = on_test_end  # type: ignore[assignment]  # the names differ
 
