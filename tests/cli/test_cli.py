@@ -91,7 +91,7 @@ def test_benchmark_config() -> None:
 def test_a_wrong_name_lists_the_valid_ones() -> None:
     arguments = ["train", "--model", "WTFlow", "--model.overrides.coupling", "nearest", "--data", "SyntheticParts"]
     given = ParseOnly(arguments, run=False).config.train.model.init_args
-    with pytest.raises(WTFlowError, match="Unknown coupling 'nearest': .*choose one of .*antipodal"):
+    with pytest.raises(WTFlowError, match=r"Unknown coupling 'nearest': .*choose one of .*antipodal"):
         WTFlow(overrides=given.overrides)
 
 
