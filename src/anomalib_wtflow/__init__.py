@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anomalib_wtflow.products.datamodule import Products
     from anomalib_wtflow.torch_model import WTFlowModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FastflowBaseline",
     "Products",
