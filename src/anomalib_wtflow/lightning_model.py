@@ -265,6 +265,8 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the version, the settings, the products and the marks of images."""
         super().on_save_checkpoint(checkpoint)
+        # A post-processor is a callback too, whose state Lightning would restore over a changed threshold.
+        checkpoint.get("callbacks", {}).pop(getattr(self.post_processor, "state_key", None), None)
         checkpoint[KEY] = {
             "version": __version__,
             "settings": self._settings_in_force.plain(),

@@ -254,7 +254,6 @@ def save(source: Path, target: Path, model: WTFlow) -> None:
     post: Any = model.post_processor
     state = post.state_dict(prefix="post_processor.")
     checkpoint["state_dict"] |= {name: value.cpu() for name, value in state.items()}
-    checkpoint.get("callbacks", {}).pop(post.state_key, None)  # a second copy of the old thresholds
     model.on_save_checkpoint(checkpoint)
     checkpoint["hyper_parameters"]["false_alarm_rate"] = post.false_alarm_rate
     torch.save(checkpoint, target)
