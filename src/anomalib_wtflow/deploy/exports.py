@@ -33,10 +33,10 @@ CALIBRATED = (CompressionType.INT8, CompressionType.INT8_PTQ)
 class Exports:
     """Mixin before anomalib's ``ExportMixin``, whose methods are the only way into its exports.
 
-    It keeps the backbone's stem in f32 whatever precision a runtime chooses, quantises the
-    backbone behind its stem only, with training images, and sets the thresholds of a quantised graph through it. The
-    metadata say what an export is and promises (:mod:`anomalib_wtflow.deploy.metadata`). Each export raises a
-    ``WTFlowError`` if a weight or threshold is not finite.
+    It keeps the backbone's stem in f32 whatever precision a runtime chooses, quantises the backbone behind its stem
+    only, with training images, and sets the thresholds of a quantised graph through it. The metadata say what an export
+    is and promises (:mod:`anomalib_wtflow.deploy.metadata`). Each export raises a ``WTFlowError`` if a weight or
+    threshold is not finite.
     """
 
     model: Any
@@ -91,7 +91,7 @@ class Exports:
         else:
             path = parent.to_openvino(export_root, model_file_name, input_size, compression_type, datamodule, **kwargs)
         precision = "FP32" if compression_type is None else CompressionType(compression_type).name
-        if not promised:
+        if datamodule is None and not promised:
             rank_zero_warn(f"{precision} moves the scores, and the thresholds stay as they were: give it --data.")
         write_openvino(path, describe(self, post, precision, promised))
         keep_precise(path, count_convolutions(self.model.feature_extractor))
@@ -113,6 +113,7 @@ class Exports:
 
         datamodule.setup("fit")
         post, marks, count = copy.deepcopy(self.post_processor), self.marks["calibration"], len(self.products)
+        images = calibration_images(datamodule, marks, len(post.calibration_index)) if self._sets_thresholds else None
         with TemporaryDirectory() as folder:
             with placed(self.post_processor) if self._sets_thresholds else nullcontext():
                 onnx = self.to_onnx(folder, input_size=input_size, **(onnx_kwargs or {}))
@@ -122,8 +123,7 @@ class Exports:
             else:
                 ranges = range_images(datamodule, marks)
                 graph = quantize(graph, ranges, count_convolutions(self.model.feature_extractor))
-            if self._sets_thresholds:
-                images = calibration_images(datamodule, marks, len(post.calibration_index))
+            if images is not None:
                 post.calibrate(score_images(graph, images, count), count)
                 set_thresholds(graph, post, count)
             openvino.save_model(graph, path, compress_to_fp16=False)
