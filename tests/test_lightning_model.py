@@ -232,7 +232,7 @@ def test_reload_needs_neither_hub_nor_file(parts: SyntheticParts, tmp_path: Path
 
 
 def test_another_rate_keeps_the_threshold_and_says_so(trained: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"threshold is for false_alarm_rate=0.1. 0.3, given here, changes nothing"):
+    with pytest.warns(UserWarning, match=r"threshold is for false_alarm_rate=0.1. 0.3 is ignored here"):
         quiet_engine(tmp_path).test(
             WTFlow(image_size=128, false_alarm_rate=0.3), datamodule=trained.parts, ckpt_path=trained.checkpoint
         )

@@ -18,7 +18,7 @@ TARGET = "anomalib.models"
 
 
 class PluginLoader:
-    """The loader of ``anomalib.models`` with one step more: import the plugin afterwards.
+    """Loader of ``anomalib.models`` that imports the plugin afterwards.
 
     It stands in front of the other loader, which may serve other modules too (a zip file's does) or take no attributes.
     """
@@ -40,13 +40,13 @@ class PluginLoader:
 
 
 class PluginFinder:
-    """Meta-path finder that adds one step to the loading of ``anomalib.models``: import the plugin afterwards."""
+    """Meta-path finder that imports the plugin right after ``anomalib.models``."""
 
     asking = False
     """Whether it is asking the other finders; one that is another plugin's copy of it asks back."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Find ``anomalib.models`` with the other finders, and put :class:`PluginLoader` before its loader.
+        """Find ``anomalib.models``, and wrap its loader in :class:`PluginLoader`.
 
         Args:
             fullname: Name of the module that is being imported.
@@ -71,12 +71,12 @@ class PluginFinder:
 
 
 def is_ours(finder: Any) -> bool:
-    """Whether a finder is a :class:`PluginFinder`, also one from before this module was reloaded."""
+    """Return whether a finder is a :class:`PluginFinder`, even one from before a reload."""
     return type(finder).__module__ == __name__
 
 
 def load_plugin() -> None:
-    """Import the modules that register themselves with anomalib; warn, and leave anomalib usable, if that fails."""
+    """Import the modules that register themselves with anomalib; warn if that fails."""
     try:
         import anomalib_wtflow.data.synthetic
         import anomalib_wtflow.lightning_model
@@ -87,8 +87,8 @@ def load_plugin() -> None:
 
         warnings.warn(
             f"anomalib-wtflow is installed but could not be loaded ({type(error).__name__}: {error}); anomalib works "
-            "without it. `pip check` says whether it needs another version of a package, and "
-            "`pip install --force-reinstall --no-deps anomalib-wtflow` writes its own files anew.",
+            "without it. Run `pip check` to find packages of a wrong version, or reinstall it with "
+            "`pip install --force-reinstall --no-deps anomalib-wtflow`.",
             stacklevel=2,
         )
 

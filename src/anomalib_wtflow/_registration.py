@@ -10,13 +10,13 @@ REPORTS: list[type[Any]] = []
 
 
 def register_report(cls: _Class) -> _Class:
-    """Class decorator: have each model add a callback of this class."""
+    """Add a callback of this class to each model (class decorator)."""
     REPORTS.append(cls)
     return cls
 
 
 def register_model(cls: _Class) -> _Class:
-    """Class decorator: make a model reachable by name through ``anomalib.models``.
+    """Make a model available by name in ``anomalib.models`` (class decorator).
 
     ``get_model({"class_path": "WTFlow"})`` looks the name up in ``anomalib.models``, and a dotted class path must come
     from a module on anomalib's whitelist, to which this adds the plugin's own names and nothing else.
@@ -29,6 +29,6 @@ def register_model(cls: _Class) -> _Class:
 
 
 def register_datamodule(cls: _Class) -> _Class:
-    """Class decorator: make a data module reachable by name through ``anomalib.data``, as ``get_datamodule`` needs."""
+    """Make a data module available by name in ``anomalib.data`` (class decorator)."""
     setattr(import_module("anomalib.data"), cls.__name__, cls)
     return cls

@@ -28,12 +28,12 @@ EQUAL = 1e-10
 
 
 def gaussian(energy: Tensor) -> Tensor:
-    """``log q = -e``, of a standard normal (arXiv 2508.05461)."""
+    """``log q = -e``: a standard normal (arXiv 2508.05461)."""
     return -energy
 
 
 def student(energy: Tensor) -> Tensor:
-    """``log q = -log(1 + 4 e)``, of heavy tails (ours): one layer that is far off cannot drown the others."""
+    """``log q = -log(1 + 4 e)``, heavy-tailed (ours): no single layer drowns the others."""
     return -torch.log1p(4 * energy)
 
 
@@ -41,7 +41,7 @@ DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian, "stude
 
 
 def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = "gaussian") -> Tensor:
-    """``log q(e_l)`` with ``e_l = 1/2 mean_c y_c^2`` over the channels of layer l, at each position.
+    """``log q(e_l)``, ``e_l = 1/2 mean_c y_c^2`` over the channels of layer l, by position.
 
     With one layer and ``gaussian``, ``log q = -1/2 mean_c y_c^2`` (arXiv 2508.05461); layers by themselves are ours.
 
@@ -64,7 +64,7 @@ def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = 
 
 
 def resampling(inputs: int, outputs: int, sigma: float = 0.0, device: torch.device | None = None) -> Tensor:
-    """Bilinear up-sampling of a line of samples, then a Gaussian blur, as one matrix ``(outputs, inputs)`` (ours).
+    """Return bilinear up-sampling, then Gaussian blur, as a matrix ``(outputs, inputs)``.
 
     Both are linear and act on rows and columns by themselves: ``map = A_h x A_w^T`` is exact, and costs two small
     matrix products where a blur of the full-size map took a quarter of the time of the whole model in OpenVINO.
@@ -82,17 +82,17 @@ _remembered_resampling = lru_cache(maxsize=64)(torch.inference_mode(mode=False)(
 
 @torch.compiler.assume_constant_result  # which takes plain functions only, not those that remember
 def constant_resampling(inputs: int, outputs: int, sigma: float, device: torch.device) -> Tensor:
-    """:func:`resampling`, computed once, and a constant of compiled graphs."""
+    """Return :func:`resampling`, computed once, as a constant of compiled graphs."""
     return _remembered_resampling(inputs, outputs, sigma, device)
 
 
 def reach(sigma: float) -> int:
-    """Pixels from the centre to the edge of the Gaussian."""
+    """Return the number of pixels from the centre to the edge of the Gaussian."""
     return int(4 * sigma + 0.5)
 
 
 class AnomalyMapGenerator(nn.Module):
-    """Up-sample the density proxy to the input size and turn it into an anomaly map and an image score.
+    """Anomaly map and image score from the density proxy, up-sampled to the input size.
 
     Map: ``log q`` averaged over the layers and up-sampled bilinearly. ``absolute`` (ours): map = ``-log q``, comparable
     between images. ``relative`` (the authors' code): with ``p = exp(log q)``, map = ``max(p) - p``, the maximum taken
@@ -146,7 +146,7 @@ class AnomalyMapGenerator(nn.Module):
     def forward(
         self, log_density: Tensor, image_size: tuple[int, int] | torch.Size, index: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Make the map ``(N, 1, *image_size)`` and the score ``(N,)``, both at least 0; see :meth:`fit`."""
+        """Return the map ``(N, 1, *image_size)`` and the score ``(N,)``, both >= 0."""
         anomaly_map = self.map(log_density, image_size)
         return anomaly_map, self.score(self.values(log_density, anomaly_map), index)
 
@@ -179,7 +179,7 @@ class AnomalyMapGenerator(nn.Module):
         return rows @ x @ columns.T
 
     def values(self, log_density: Tensor, anomaly_map: Tensor | None) -> Tensor:
-        """Return what the image score is taken from: ``(N, 1, H, W)``, at the map's pixels or the features' positions.
+        """Return the values behind the score, ``(N, 1, H, W)``: at pixels or feature positions.
 
         The map is needed only where the score is taken from it.
         """
@@ -198,7 +198,7 @@ class AnomalyMapGenerator(nn.Module):
         return nan_unless_finite(score, values)
 
     def top_and_level(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of the largest ``top_fraction`` of ``(N, 1, H, W)`` and the background level, ``(N,)``."""
+        """Return the mean of the largest values and the background level, ``(N,)`` each."""
         values = values.flatten(1)
         count = max(1, -int(-self.top_fraction * values.shape[1] // 1))
         if self.background_slope == 0:
@@ -210,7 +210,7 @@ class AnomalyMapGenerator(nn.Module):
 
     @torch.no_grad()
     def fit(self, log_density: Tensor, image_size: tuple[int, int] | torch.Size, index: Tensor) -> None:
-        """Set slope and limit of each product from good training images' ``log q_l``, ``(N, L, H, W)`` (ours).
+        """Set slope and limit of each product from the ``log q_l`` of good images (ours).
 
         ``slope = Cov(top, level) / Var(level)``, kept in [0.75, 1.25]: among all slopes, the scores of the good images
         then spread least. ``limit = max + 2 (max - mean)`` of the levels. A product without images keeps its own.

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its model, and which checkpoints a model takes."""
+"""What a checkpoint records about its model, and which checkpoints a model accepts."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ KEY = "wtflow"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint as anomalib does: tensors and plain values only, no code in the file runs.
+    """Load a checkpoint as anomalib does: tensors and plain values only, no code is run.
 
     Raises:
         WTFlowError: If it is not a WTFlow model's, or :func:`raise_for_content` refuses it.
@@ -55,7 +55,7 @@ def raise_for_content(checkpoint: Any) -> None:
 
 
 def broken_tensors(state: Mapping[str, Tensor], prefix: str = "") -> Iterator[str]:
-    """Yield the names in a model's state, all behind a prefix, of weights and statistics that are NaN or infinite.
+    """Yield the names, behind ``prefix``, of weights and statistics that are NaN or infinite.
 
     The limit of the background level may be infinite, and the recogniser's where there is one product.
     """
@@ -70,7 +70,7 @@ def broken_tensors(state: Mapping[str, Tensor], prefix: str = "") -> Iterator[st
 
 
 def raise_for_settings(checkpoint: Mapping[str, Any], settings: Settings) -> None:
-    """Refuse the weights of a model with other settings: they can fit, and change the scores under the threshold.
+    """Refuse weights trained with other settings: they would change the scores.
 
     Args:
         checkpoint: The checkpoint.
@@ -89,11 +89,11 @@ def raise_for_settings(checkpoint: Mapping[str, Any], settings: Settings) -> Non
     asked, trained = ours["false_alarm_rate"], theirs["false_alarm_rate"]
     if asked not in (trained, Settings.false_alarm_rate):
         rank_zero_warn(
-            f"The checkpoint's threshold is for false_alarm_rate={trained}. {asked}, given here, changes nothing: set "
-            "another with `anomalib-wtflow calibrate`."
+            f"The checkpoint's threshold is for false_alarm_rate={trained}. {asked} is ignored here: "
+            "change the threshold with `anomalib-wtflow calibrate`."
         )
 
 
 def _sides(value: Any) -> Any:
-    """Height and width for one side: an image size of 64 is one of [64, 64]."""
+    """Return height and width for one side: an image size of 64 is [64, 64]."""
     return [value, value] if isinstance(value, int) else value

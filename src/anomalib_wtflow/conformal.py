@@ -1,4 +1,4 @@
-"""Thresholds with a guaranteed false-alarm rate, from scores of good images (split conformal prediction)."""
+"""Thresholds with a guaranteed false-alarm rate (split conformal prediction)."""
 
 import math
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class ConformalThreshold(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Raw image scores of good images, the largest values of their maps, and recognised products, ``(n,)`` each.
+    """Raw scores of good images, the maxima of their maps, and their products, ``(n,)`` each.
 
     The score of an image that shows no known product is infinite: it is anomalous whatever the threshold.
     """
@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 
 def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThreshold:
-    """Split-conformal threshold: the k-th smallest of n normal scores, ``k = n + 1 - floor(rate (n + 1))``.
+    """``k = n + 1 - floor(rate (n + 1))``: the k-th smallest of n normal scores.
 
     If the n scores and that of the next normal image are exchangeable, the next one exceeds the threshold with a
     probability of at most ``(n + 1 - k) / (n + 1) <= rate``, whatever the distribution. Where ``rate < 1 / (n + 1)``
@@ -65,5 +65,5 @@ def conformal_threshold(scores: Tensor, false_alarm_rate: float) -> ConformalThr
 
 
 def images_needed(false_alarm_rate: float) -> int:
-    """Return ``ceil(1 / rate) - 1``: the fewest normal images whose threshold guarantees a rate (Vovk et al., 2005)."""
+    """Return ``ceil(1 / rate) - 1``: the normal images that a rate needs (Vovk et al., 2005)."""
     return math.ceil(round(1 / false_alarm_rate, 9)) - 1

@@ -28,7 +28,7 @@ def _batches(rows: Sequence[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Te
 
 @torch.no_grad()
 def normalise_rows(model: WTFlowModel, rows: list[Tensor]) -> Recognition:
-    """Normalise backbone features ``(C, H, W)`` in place, and return which products the images show."""
+    """Normalise features ``(C, H, W)`` in place, and return their products' indices."""
     device, parts = model.class_embeddings.device, []
     for start in range(0, len(rows), BATCH):
         x0, recognition = model.normalise(torch.stack(rows[start : start + BATCH]).to(device))
@@ -41,7 +41,7 @@ def normalise_rows(model: WTFlowModel, rows: list[Tensor]) -> Recognition:
 def score_rows(
     model: WTFlowModel, rows: list[Tensor], image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Recognition]:
-    """Score backbone features ``(C, H, W)``: image scores, largest values of the maps, and recognitions, ``(M,)``."""
+    """Score features ``(C, H, W)``: scores, maxima of maps and recognitions, ``(M,)``."""
     device = model.class_embeddings.device
     parts = [model.predict(batch.to(device), image_size) for batch, _ in _batches(rows, torch.zeros(len(rows)))]
     recognition = Recognition(*(torch.cat(each).cpu() for each in zip(*(p.recognition for p in parts), strict=True)))
@@ -50,7 +50,7 @@ def score_rows(
 
 
 def fit_statistics(model: WTFlowModel, rows: list[Tensor], index: Tensor) -> Tensor:
-    """Fit normalisation and recogniser to backbone features ``(C, H, W)``, and normalise these in place.
+    """Fit normalisation and recogniser to features ``(C, H, W)``; normalise these in place.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Image files: checks, marks by which they are known again, and which of them a threshold may come from."""
+"""Image files: checks, marks that identify them, and the choice of threshold images."""
 
 import zlib
 from collections import Counter
@@ -22,7 +22,7 @@ SAMPLE = 4096
 
 
 def mark_of(path: str | Path) -> int:
-    """Return ``2^32 size + crc32(name, bytes in the middle)`` of a file, by which an image is known again.
+    """Return ``2^32 size + crc32(name, bytes in the middle)``, which identifies an image.
 
     Folders do not count, so that data may be moved.
     """
@@ -34,12 +34,12 @@ def mark_of(path: str | Path) -> int:
 
 
 def marks_of(paths: Sequence[str]) -> Tensor:
-    """Return :func:`mark_of` each file, ``(n,)`` int64, sorted; those that are no files are left out."""
+    """Return :func:`mark_of` each file that exists, ``(n,)`` int64, sorted."""
     return torch.tensor(sorted(mark_of(path) for path in paths if Path(path).is_file()), dtype=torch.int64)
 
 
 def files_of(batch: Any, prefix: str = "image") -> list[str]:
-    """Return the files of a batch's images; names that begin with ``prefix`` for images of a data set without files."""
+    """Return the files of a batch's images, or numbered names that begin with ``prefix``."""
     return list(getattr(batch, "image_path", None) or (f"{prefix} {k}" for k in range(len(batch.image))))
 
 
@@ -96,7 +96,7 @@ def hold_out(products: Sequence[str], ratio: float, seed: int = 0) -> Tensor:
 
 
 def good_validation_images(trainer: Any, training: Mapping[str, str]) -> dict[str, str]:
-    """Return the good images of the validation that follows a fit, with their products; none if one is used elsewhere.
+    """Return the good images of a fit's validation set; none if one is used elsewhere.
 
     Args:
         trainer: The trainer.
@@ -134,7 +134,7 @@ def raise_for_deep(paths: Sequence[str]) -> None:
 
 
 def raise_for_broken(what: str, paths: Sequence[str], *values: Tensor) -> None:
-    """Refuse images with numbers that are NaN or infinite: they are neither normal nor anomalous.
+    """Refuse images with NaN or infinite values: they are neither normal nor anomalous.
 
     Raises:
         WTFlowError: If there is one.

@@ -39,7 +39,7 @@ from anomalib_wtflow.torch_model import WTFlowModel
 @register_model
 @documented
 class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
-    """Time-reversed flow matching with worst transport (arXiv 2508.05461v3) on a frozen backbone.
+    """Time-reversed flow matching with worst transport on a frozen backbone (arXiv 2508.05461).
 
     The training epoch collects the features of good images, as PatchCore's does. Then :meth:`fit` trains the field on
     them, once, and the engine validates, tests and saves. ``max_epochs`` is the fit's.
@@ -98,7 +98,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
     def configure_pre_processor(
         cls, image_size: int | tuple[int, int] | None = None, backbone: str = DEFAULT_BACKBONE
     ) -> PreProcessor:
-        """Build the pre-processor: resize, then ``(x - mean) / std`` with the backbone's own mean and deviation.
+        """Build the pre-processor: resize, then ``(x - mean) / std`` of the backbone.
 
         The resize is not antialiased: exported graphs cannot antialias, and where training could, the scores of good
         images larger than ``image_size`` would rise in production, and the false-alarm rate with them.
@@ -123,12 +123,12 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """One epoch, which collects features; nothing to validate before it."""
+        """Train for one epoch, which collects features; validate nothing before it."""
         return {"max_epochs": 1, "num_sanity_val_steps": 0}
 
     @property
     def learning_type(self) -> LearningType:
-        """One-class: trained on normal images only."""
+        """Return ``ONE_CLASS``: training uses normal images only."""
         return LearningType.ONE_CLASS
 
     def configure_optimizers(self) -> None:
@@ -155,7 +155,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
         return torch.zeros((), requires_grad=True)  # Lightning wants a loss
 
     def fit(self) -> None:
-        """Fit the model to the features collected, in every process alike; :class:`MemoryBankMixin` calls this once.
+        """Fit the model to the collected features, in all processes; the mixin calls this once.
 
         Raises:
             WTFlowError: If there are no training images, or too few of a product.
@@ -204,7 +204,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
             rank_zero_info(f"The fit stopped after {len(losses)} epochs: the loss no longer falls (setting plateau).")
 
     def _product_name(self) -> str:
-        """Return what the images of a data module without products show: its category, or its name."""
+        """Return the product's name for a data module without products: its category or name."""
         datamodule = getattr(self.trainer, "datamodule", None)
         return str(getattr(datamodule, "category", None) or getattr(datamodule, "name", "parts"))
 
@@ -257,7 +257,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint. The backbone's weights come from it, so neither a hub nor another file is needed."""
+        """Load a checkpoint, which holds the backbone's weights: no hub or file is needed."""
         return super().load_from_checkpoint(
             *args, **{"pre_trained": False, "weights": None, "start_from": None, **kwargs}
         )
@@ -287,6 +287,6 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
 
     @property
     def _settings_in_force(self) -> Settings:
-        """The settings, with the false-alarm rate of a post-processor that the user built."""
+        """Return the settings, with the false-alarm rate of the user's own post-processor."""
         rate = getattr(self.post_processor, "false_alarm_rate", self.settings.false_alarm_rate)
         return replace(self.settings, false_alarm_rate=rate)

@@ -1,4 +1,4 @@
-"""Post-processor of WT-Flow: a threshold from normal images only, with a stated false-alarm rate."""
+"""Post-processor of WT-Flow: thresholds with a false-alarm rate, from normal images."""
 
 from collections.abc import Collection
 from typing import Any
@@ -19,7 +19,7 @@ from anomalib_wtflow.settings import Settings, check
 
 
 class WTFlowPostProcessor(PostProcessor):
-    """Normalise scores around a threshold and label them; the threshold comes from normal images only.
+    """Thresholds from normal images only, and scores that are normalised around them.
 
     Two thresholds of :func:`conformal_threshold`: that of the image scores, so that at most the stated share of good
     images is called anomalous, and that of the largest pixel of each map, so that at most that share shows any
@@ -64,12 +64,12 @@ class WTFlowPostProcessor(PostProcessor):
 
     @property
     def image_threshold(self) -> Tensor:
-        """Threshold of image scores; NaN if it is not set: anomalib's takes that of the pixels then."""
+        """Return the threshold of image scores; NaN if not set, where anomalib takes the pixels'."""
         return super().image_threshold if self.false_alarm_rate is None else self._image_threshold
 
     @property
     def pixel_threshold(self) -> Tensor:
-        """Threshold of maps; NaN if it is not set."""
+        """Return the threshold of maps; NaN if it is not set."""
         return super().pixel_threshold if self.false_alarm_rate is None else self._pixel_threshold
 
     def begin(self, products: list[str], validation_images: Collection[str] = (), held: Scores | None = None) -> None:
@@ -88,7 +88,7 @@ class WTFlowPostProcessor(PostProcessor):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Gather the scores of the good validation images of a training, or what anomalib's threshold needs."""
+        """Gather scores of good validation images in a fit, or what anomalib's threshold needs."""
         if self.false_alarm_rate is None:
             super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
         elif trainer.state.fn == TrainerFn.FITTING and self.validation_images:
@@ -99,14 +99,14 @@ class WTFlowPostProcessor(PostProcessor):
                     self.gathered[path] = tuple(row)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the thresholds at the end of a training's validation; a later validation leaves them alone."""
+        """Set the thresholds at the end of a fit's validation; a later validation does not."""
         if self.false_alarm_rate is None:
             super().on_validation_epoch_end(trainer, pl_module)
         elif trainer.state.fn == TrainerFn.FITTING:
             self.set_thresholds(trainer)
 
     def set_thresholds(self, trainer: Trainer) -> None:
-        """Set the thresholds from the scores gathered, in all processes, and report what they promise.
+        """Set the thresholds from the scores of all processes, and report the guarantee.
 
         Raises:
             WTFlowError: If there are no good images for the threshold of a product.
@@ -129,7 +129,7 @@ class WTFlowPostProcessor(PostProcessor):
         self._report()
 
     def calibrate(self, scores: Scores, count: int = 1) -> None:
-        """Set both thresholds of each of ``count`` products that the scores show; others keep theirs.
+        """Set both thresholds of each of ``count`` products with scores; others keep theirs.
 
         Raises:
             WTFlowError: If a score is NaN, or too many of a product's are infinite.
@@ -167,19 +167,19 @@ class WTFlowPostProcessor(PostProcessor):
 
     @property
     def calibration_images(self) -> Tensor:
-        """Number of images behind the thresholds of each product."""
+        """Return the number of images behind the thresholds of each product."""
         return torch.bincount(self.calibration_index, minlength=len(self.effective_false_alarm_rate))
 
     @property
     def image_limit(self) -> Tensor:
-        """Raw scores above which an image is anomalous, by product: the thresholds, where the sensitivity is 0.5."""
+        """Return the raw score of each product above which an image is anomalous."""
         if self.false_alarm_rate is None:
             return self.image_threshold + (0.5 - self.image_sensitivity) * (self.image_max - self.image_min)
         return _limit(self.image_threshold, self.image_sensitivity)
 
     @property
     def promised_false_alarm_rate(self) -> Tensor:
-        """Largest share of good images that is called anomalous, by product; NaN for a sensitivity above 0.5."""
+        """Return each product's promised false-alarm rate; NaN for a sensitivity above 0.5."""
         rate = self.effective_false_alarm_rate
         return rate if self.image_sensitivity <= 0.5 else torch.full_like(rate, torch.nan)
 
@@ -188,7 +188,7 @@ class WTFlowPostProcessor(PostProcessor):
         self.register_buffer("calibration_index", index)
 
     def forward(self, predictions: Any) -> InferenceBatch:
-        """Normalise and label raw predictions, in Python and in exported graphs; what is not finite is anomalous.
+        """Normalise and label raw predictions; NaN and infinite ones are anomalous.
 
         Raises:
             WTFlowError: If there is no threshold yet, or none that is finite (in Python only).
@@ -231,7 +231,7 @@ class WTFlowPostProcessor(PostProcessor):
             raise WTFlowError(msg)
 
     def _condemn(self, result: InferenceBatch, raw: Any) -> InferenceBatch:
-        """Call anomalous, with the highest score, the images and pixels whose raw scores are not finite."""
+        """Label images and pixels with non-finite raw scores anomalous, with the highest score."""
         highest = 1.0 if self.enable_normalization else torch.inf
 
         def condemn(broken: Tensor, score: Any, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -256,12 +256,12 @@ class WTFlowPostProcessor(PostProcessor):
 
 
 def _limit(threshold: Tensor, sensitivity: float) -> Tensor:
-    """Where ``s / (s + T) = 1 - sensitivity``, raw: exact at the threshold, and the same without normalisation."""
+    """``s`` with ``s / (s + T) = 1 - sensitivity``: exactly T where the sensitivity is 0.5."""
     return threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
 
 
 def _make_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a post-processor take the thresholds of one with another number of products, and of images they come from."""
+    """Resize buffers to the loaded state's number of products and calibration images."""
     rows = state.get(f"{prefix}effective_false_alarm_rate")
     if rows is not None:
         allocate(post_processor, len(rows))

@@ -14,12 +14,12 @@ class Rule(NamedTuple):
 
 
 def one_of(table: Mapping[str, Any]) -> Rule:
-    """One of the names of a table."""
+    """Return the rule for one of the names of a table."""
     return Rule(lambda value: isinstance(value, str) and value in table, "", tuple(table))
 
 
 def number(what: str, interval: str) -> Rule:
-    """A number in an interval, written ``[low, high)``."""
+    """Return the rule for a number in an interval, written ``[low, high)``."""
     low, high = (float(text) for text in interval[1:-1].split(","))
 
     def holds(value: Any) -> bool:
@@ -32,7 +32,7 @@ def number(what: str, interval: str) -> Rule:
 
 
 def whole(least: int, step: int = 1, what: str = "a whole number") -> Rule:
-    """A whole number: ``least``, ``least + step``, …."""
+    """Return the rule for ``least``, ``least + step``, …."""
 
     def holds(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least and (value - least) % step == 0
@@ -41,19 +41,19 @@ def whole(least: int, step: int = 1, what: str = "a whole number") -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what a rule says."""
+    """Return the rule for None, or what another rule allows."""
     return Rule(lambda value: value is None or rule.holds(value), rule.advice, rule.names)
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value is an image size: None, a side, or a height and a width."""
+    """Return whether a value is an image size: None, a side, or a height and a width."""
     if value is None or whole(1).holds(value):
         return True
     return isinstance(value, tuple | list) and len(value) == 2 and all(whole(1).holds(side) for side in value)
 
 
 def is_names(value: Any) -> bool:
-    """Whether a value is None or a list of names."""
+    """Return whether a value is None or a list of names."""
     if value is None:
         return True
     return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(name, str) for name in value)

@@ -1,4 +1,4 @@
-"""Every setting: declared, documented, defaulted and checked here, and nowhere else.
+"""All settings: declared, documented and checked here only.
 
 The names that a setting may take stand in the tables of the parts that they name (``flow.path.PATHS`` and so on), so
 this module knows the parts and none of them knows it.
@@ -284,12 +284,12 @@ def get_settings(recipe: str = "default", **changes: Any) -> Settings:
 
 
 def option(name: str) -> str:
-    """Return the command line's option for a setting: ``--model.seed``, ``--model.overrides.coupling``."""
+    """Return a setting's option: ``--model.seed``, ``--model.overrides.coupling``."""
     return f"--model.{name}" if name in ARGUMENTS else f"--model.overrides.{name}"
 
 
 def documented(cls: _Class) -> _Class:
-    """Class decorator: put the meaning of each setting that a constructor takes into the docstring's ``Args``."""
+    """Add the meaning of settings to a constructor's ``Args`` (class decorator)."""
     lines = []
     for name in signature(cls).parameters:
         if name in declared():

@@ -1,4 +1,4 @@
-"""WT-Flow in plain torch: features, normalisation, vector field, flow, density proxy, anomaly map."""
+"""WT-Flow in plain torch: features, normalisation, field, flow, density, anomaly map."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Predictions(NamedTuple):
 
 
 class WTFlowModel(nn.Module):
-    """Time-reversed flow matching with worst transport on the features of a frozen backbone (arXiv 2508.05461v3).
+    """WT-Flow in one module: frozen backbone, vector field and score (arXiv 2508.05461v3).
 
     ``y`` = where the flow carries normalised features ``x0``; the anomaly map comes from ``-log q(1/2 mean_c y_c^2)``,
     layer by layer. Of several products (ours), the model recognises which one an image shows, normalises it as that
@@ -74,7 +74,7 @@ class WTFlowModel(nn.Module):
         return super().train(mode=False)
 
     def build_field(self) -> Field:
-        """Build an untrained vector field for this model's features; its weights depend on the seed alone."""
+        """Build an untrained vector field for these features, from the seed alone."""
         s = self.settings
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(s.seed)
@@ -97,11 +97,11 @@ class WTFlowModel(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether the statistics of all products are known."""
+        """Return whether the statistics of all products are known."""
         return bool(self.recognizer.fitted and self.normalization.fitted)
 
     def extract(self, images: Tensor) -> Tensor:
-        """Return the backbone's features of pre-processed images ``(N, 3, H, W)``, as ``(N, C, H', W')``.
+        """Return features ``(N, C, H', W')`` of pre-processed images ``(N, 3, H, W)``.
 
         Raises:
             WTFlowError: If the images are too small for the backbone or for the network.
@@ -117,7 +117,7 @@ class WTFlowModel(nn.Module):
         return features
 
     def normalise(self, features: Tensor) -> tuple[Tensor, Recognition]:
-        """Recognise the products of backbone features ``(N, C, H, W)``, and normalise each as its product's."""
+        """Recognise the products of features ``(N, C, H, W)``, and normalise each accordingly."""
         recognition = self.recognizer(features)
         return self.normalization(features, recognition.index), recognition
 
@@ -136,11 +136,11 @@ class WTFlowModel(nn.Module):
         return x0 + self.solver.mean_velocity(field, self.start_scale * x0, self.settings.start_time, 1.0)
 
     def log_density(self, y: Tensor) -> Tensor:
-        """Density proxy of end points ``(N, C, H, W)`` in each of the L layers, ``(N, L, H, W)``."""
+        """Return the density proxy of end points ``(N, C, H, W)`` in L layers, ``(N, L, H, W)``."""
         return density_proxy(y, self.channels, self.settings.density)
 
     def score(self, x0: Tensor, recognition: Recognition, image_size: tuple[int, int] | torch.Size) -> Predictions:
-        """Score normalised features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).
+        """Score normalised features ``(N, C, H, W)``; ``image_size`` is (height, width).
 
         The score is NaN where anything that it comes from is NaN or infinite.
         """
@@ -149,7 +149,7 @@ class WTFlowModel(nn.Module):
         return Predictions(nan_unless_finite(score, y, recognition.distance), anomaly_map, recognition)
 
     def predict(self, features: Tensor, image_size: tuple[int, int] | torch.Size) -> Predictions:
-        """Score backbone features ``(N, C, H, W)`` of images of ``image_size`` pixels (height, width).
+        """Score backbone features ``(N, C, H, W)``; ``image_size`` is (height, width).
 
         Raises:
             WTFlowError: If the model is not trained.
@@ -166,7 +166,7 @@ class WTFlowModel(nn.Module):
 
 
 def _make_room(model: WTFlowModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a model take the weights of one with another number of products."""
+    """Resize buffers to the loaded state's number of products."""
     embeddings = state.get(f"{prefix}class_embeddings")
     if embeddings is not None:
         allocate(model, len(embeddings))

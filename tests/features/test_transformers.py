@@ -198,7 +198,7 @@ def test_convolutions_of_an_exported_graph() -> None:
 
 
 def test_int8_and_folding_leave_transformers_alone() -> None:
-    with pytest.raises(WTFlowError, match=r"INT8_PTQ quantises .* and this one has 1 in all, .* export it in FP16 or"):
+    with pytest.raises(WTFlowError, match=r"INT8_PTQ supports CNN backbones only, .* has 1: export it in FP16 or"):
         quantize(None, None, 1)
     network = timm.create_model(VIT, pretrained=False, features_only=True, img_size=32).eval()
     assert fold_batch_norms(network, torch.rand(1, 3, 32, 32)) is network

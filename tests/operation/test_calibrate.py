@@ -132,7 +132,7 @@ def test_folders_with_defects_are_not_taken_for_good(tmp_path: Path, trained: Si
     (tmp_path / "plant" / "bolt" / "test" / "scratch").mkdir(parents=True)
     (tmp_path / "plant" / "bolt" / "test" / "good").mkdir(parents=True)
     for data in (tmp_path / "plant", tmp_path / "plant" / "bolt" / "test", tmp_path / "none"):
-        with pytest.raises(WTFlowError, match="is no folder of good images alone"):
+        with pytest.raises(WTFlowError, match="is not a folder of good images only"):
             calibrate(trained.checkpoint, data, tmp_path / "x.ckpt")
 
 
@@ -150,7 +150,7 @@ def test_a_few_images_that_look_like_another_product_do_not_move_its_threshold()
     assert enough_images(new, old, 2, 9).tolist() == [True] * 9 + [False]
     two = Scores(torch.arange(2.0), torch.arange(2.0), torch.zeros(2, dtype=torch.int64))
     assert enough_images(two, old, 1, 9).tolist() == [True, True]  # of one product, the rate that holds is printed
-    with pytest.raises(WTFlowError, match="The 2 good images are too few of each product: the rate needs 9 of one"):
+    with pytest.raises(WTFlowError, match="The 2 good images are too few: the rate needs at least 9 of one product"):
         enough_images(two, old, 2, 9)
 
 

@@ -198,7 +198,7 @@ def test_another_version_of_anomalib_works_without_the_plugin(
     assert printed == "False"
     assert errors.count(WARNING) == 1
     assert reason in errors
-    assert "`pip check` says whether it needs another version" in errors
+    assert "`pip check` to find packages of a wrong version" in errors
 
 
 @pytest.mark.parametrize(

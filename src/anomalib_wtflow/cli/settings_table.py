@@ -19,7 +19,7 @@ def yaml_text(value: Any) -> str:
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Return a row for each setting: its option, its default, the paper recipe's value if another, its meaning."""
+    """Return a row for each setting: option, default, ``paper``'s value, meaning."""
     default, paper = get_settings(), get_settings("paper")
     result = []
     for name, each in declared().items():
@@ -38,7 +38,7 @@ def markdown() -> str:
 
 
 def print_settings(as_markdown: bool = False) -> None:
-    """Print each setting with its default and, below it, its meaning; ``as_markdown``, as docs/settings.md has it."""
+    """Print each setting with its default and meaning; ``as_markdown``: as docs/settings.md."""
     console = Console(highlight=False)
     if as_markdown:
         console.file.write(markdown() + "\n")

@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class Shape(NamedTuple):
-    """What tells one drawn product from another; lengths in sides of the image, shades from 0 to 1.
+    """The shape of a drawn product; lengths in image sides, shades from 0 to 1.
 
     Attributes:
         sides: Corners of the outline; 0 for a circle.
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(product: int) -> Shape:
-    """Return the shape of a drawn product; 0 is a brushed flange, others differ from it in everything."""
+    """Return the shape of a drawn product; product 0 is a brushed flange."""
     if product == 0:
         return Shape()
     rng = np.random.default_rng([product, 2])
@@ -80,7 +80,7 @@ def _disc(x: float, y: float, radius: float, size: int) -> Array:
 
 
 def _rim(shape: Shape, angle: float, turn: float) -> float:
-    """Distance of the outline from the centre at an angle, relative to its corners."""
+    """Return the outline's distance from the centre at an angle, relative to its corners."""
     if not shape.sides:
         return 1.0
     half = math.pi / shape.sides
@@ -115,7 +115,7 @@ def _stroke(rng: np.random.Generator, x: float, y: float, length: float, width: 
 
 
 def _photograph(rng: np.random.Generator, part: Array, steel: Array, felt: Array, shape: Shape) -> Array:
-    """Put a part on the mat under an uneven light, with a sensor's noise; RGB, uint8 ``(size, size, 3)``."""
+    """Photograph a part: mat, uneven light and sensor noise; RGB, uint8 ``(size, size, 3)``."""
     size = len(part)
     ys, xs = np.mgrid[:size, :size].astype(np.float32)
     light = 1 + 0.06 * (rng.uniform(-1, 1) * (xs / size - 0.5) + rng.uniform(-1, 1) * (ys / size - 0.5))
@@ -133,7 +133,7 @@ def _damage(
     steel: Array,
     place: tuple[float, float, float, float],
 ) -> tuple[Array, Array, Array]:
-    """Damage a part at a place (centre, radius and turn of the part); return part, steel and the defect's mask."""
+    """Damage a part at a place (centre, radius, turn); return part, steel and defect mask."""
     (cx, cy, radius, turn), size, apart = place, len(part), 2 * math.pi / shape.holes
     a = flaw.uniform(0, 2 * math.pi)
     if defect == "missing":

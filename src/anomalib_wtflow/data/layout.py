@@ -12,15 +12,16 @@ GOOD = "train/good"
 
 
 def has_images(path: Path) -> bool:
-    """Whether a folder holds an image, at any depth."""
+    """Return whether a folder holds an image, at any depth."""
     return path.is_dir() and any(file.suffix.lower() in IMG_EXTENSIONS for file in path.rglob("*"))
 
 
 def mvtec_layout(root: Path, **kwargs: Any) -> Folder:
-    """Build a data module of a folder with ``train/good``, ``test/<kind>`` and, for all kinds, ``ground_truth/<kind>``.
+    """Build a data module from a folder in MVTec's layout.
 
     Args:
-        root: The folder; the data module has its name.
+        root: The folder of ``train/good``, ``test/<kind>`` and, for all kinds, ``ground_truth/<kind>``; it gives the
+            data module its name.
         **kwargs: Further arguments of ``Folder``.
 
     Raises:
@@ -32,7 +33,7 @@ def mvtec_layout(root: Path, **kwargs: Any) -> Folder:
     test = root / "test"
     kinds = sorted(kind.name for kind in test.iterdir() if has_images(kind)) if test.is_dir() else []
     if like := [kind for kind in kinds if kind != "good" and kind.strip().lower() == "good"]:
-        msg = f"'{test / like[0]}' would be a kind of defect: rename it to 'good', or by its defects."
+        msg = f"'{test / like[0]}' would count as a kind of defect: rename it to 'good', or after the defect."
         raise WTFlowError(msg)
     defects = [kind for kind in kinds if kind != "good"]
     masks = [root.absolute() / "ground_truth" / defect for defect in defects]

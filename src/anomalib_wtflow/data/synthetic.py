@@ -1,4 +1,4 @@
-"""Synthetic parts: a small data set that the package draws by itself, for a first run without data or network."""
+"""Synthetic parts: a small drawn data set for a first run without data or network."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ class SyntheticParts(Folder):
         )
 
     def prepare_data(self) -> None:
-        """Draw the images, unless they are there already. An interrupted drawing leaves nothing behind."""
+        """Draw the images, unless they exist; an interrupted drawing leaves nothing behind."""
         folder = Path(self.root)  # type: ignore[arg-type]
         if (folder / "about.json").is_file():
             return

@@ -1,4 +1,4 @@
-"""Exports: what anomalib's leave to a model."""
+"""Exports: what WTFlow adds to anomalib's."""
 
 import copy
 from collections import Counter
@@ -31,7 +31,7 @@ CALIBRATED = (CompressionType.INT8, CompressionType.INT8_PTQ)
 
 
 class Exports:
-    """Mixin before anomalib's ``ExportMixin``, whose methods are the only way into its exports.
+    """Mixin that extends anomalib's exports; put it before ``ExportMixin``.
 
     It keeps the backbone's stem in f32 whatever precision a runtime chooses, quantises the backbone behind its stem
     only, with training images, and sets the thresholds of a quantised graph through it. The metadata say what an export
@@ -45,7 +45,7 @@ class Exports:
     marks: Mapping[str, Tensor]
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does, with weights that need no gradient: ``TorchInferencer`` runs them as they are."""
+        """Export as anomalib does, without gradients: ``TorchInferencer`` runs it as it is."""
         self._raise_for_no_export()
         parent: Any = super()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -74,7 +74,7 @@ class Exports:
         datamodule: AnomalibDataModule | None = None,
         **kwargs: Any,
     ) -> Path:
-        """Export as anomalib does; whatever precision the runtime chooses, the backbone's stem stays in f32.
+        """Export as anomalib does; the backbone's stem stays in f32 in any precision.
 
         INT8 and INT8_PTQ move the scores, so their thresholds are set again through the quantised graph, with the
         images of the data module that the model's thresholds come from.
@@ -107,7 +107,7 @@ class Exports:
         onnx_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> tuple[Any, bool]:
-        """Write a quantised graph; return the post-processor with its thresholds, and whether they are set again."""
+        """Write a quantised graph; return its post-processor, and whether thresholds were reset."""
         import nncf
         import openvino
 
@@ -131,7 +131,7 @@ class Exports:
 
     @property
     def _sets_thresholds(self) -> bool:
-        """Whether the thresholds of a quantised graph can be set again: scores are normalised around them."""
+        """Return whether a quantised graph can get new thresholds: scores must be normalised."""
         post = self.post_processor
         if not isinstance(post, WTFlowPostProcessor) or post.false_alarm_rate is None:
             return False
@@ -148,7 +148,7 @@ class Exports:
 
 
 def range_images(datamodule: Any, marks: Tensor) -> list[NDArray]:
-    """Return training images ``(1, 3, H, W)`` that no threshold comes from, evenly spread over all."""
+    """Return evenly spread training images ``(1, 3, H, W)`` that set no threshold."""
     data, held = datamodule.train_data, set(marks.tolist())
     kept = [index for index, path in enumerate(data.samples["image_path"]) if mark_of(path) not in held]
     chosen = torch.linspace(0, len(kept) - 1, min(len(kept), RANGE_IMAGES)).long().tolist()
@@ -156,7 +156,7 @@ def range_images(datamodule: Any, marks: Tensor) -> list[NDArray]:
 
 
 def calibration_images(datamodule: Any, marks: Tensor, count: int) -> Iterator[NDArray]:
-    """Return the training and validation images ``(1, 3, H, W)`` that the thresholds of a model come from.
+    """Return the images ``(1, 3, H, W)`` that the thresholds of a model come from.
 
     Raises:
         WTFlowError: If the data module lacks one.

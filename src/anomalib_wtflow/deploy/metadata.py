@@ -1,4 +1,4 @@
-"""What an exported model says of itself, readable without this package."""
+"""The metadata of an exported model, readable without this package."""
 
 import json
 import xml.etree.ElementTree as ET  # nosec B405  # for what OpenVINO has just written
@@ -14,7 +14,7 @@ SECTION = "anomalib_wtflow"
 
 
 def describe(model: Any, post: Any, precision: str, promised: bool) -> dict[str, str]:
-    """Describe a model and what its threshold promises; what has a value for each product is a JSON list.
+    """Describe a model and its guarantee; values by product are JSON lists.
 
     Thresholds are of raw scores: a normalised score is above 0.5 where the raw one is above its threshold. A rate is
     promised where the thresholds were set in the export's own precision.

@@ -1,4 +1,4 @@
-"""Low precision of exported models: which parts of an OpenVINO graph stay in float, by name (ours).
+"""Low precision of exported models: which parts of an OpenVINO graph stay in float (ours).
 
 The backbone's stem, which reads the image, and the tail, flow and score, are sensitive; what is between them is not.
 """
@@ -38,7 +38,7 @@ def count_convolutions(extractor: Any) -> int:
 
 
 def needed_by_convolutions(model: Any, count: int) -> list[str]:
-    """Name the operations of an OpenVINO graph that its first convolutions need, themselves included, in order.
+    """Name the operations that a graph's first convolutions need, and these, in order.
 
     Raises:
         WTFlowError: If the graph has fewer convolutions.
@@ -59,12 +59,12 @@ def needed_by_convolutions(model: Any, count: int) -> list[str]:
 
 
 def stem_names(model: Any, backbone_convolutions: int) -> list[str]:
-    """Name the operations of an OpenVINO graph from the image to the backbone's third convolution."""
+    """Name the operations of a graph from the image to the backbone's third convolution."""
     return needed_by_convolutions(model, min(STEM_CONVOLUTIONS, backbone_convolutions))
 
 
 def tail_names(model: Any, backbone_convolutions: int) -> list[str]:
-    """Name the operations of an OpenVINO graph that none of the backbone's convolutions needs: all that come after."""
+    """Name the operations of a graph after all of the backbone's convolutions."""
     # What comes after the backbone needs all of it, so its convolutions are the first ones in the order.
     backbone = set(needed_by_convolutions(model, backbone_convolutions))
     return [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_friendly_name() not in backbone]
@@ -81,7 +81,7 @@ def residual_names(model: Any) -> list[str]:
 
 
 def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
-    """Quantise the backbone of an OpenVINO model to INT8 by NNCF, and leave its stem and the tail in float.
+    """Quantise a backbone to INT8 with NNCF; its stem and the tail stay in float.
 
     The ranges are those of ``images``, arrays ``(1, 3, H, W)``; 128 of them serve.
 
@@ -92,8 +92,8 @@ def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
 
     if backbone_convolutions <= STEM_CONVOLUTIONS:
         msg = (
-            f"INT8_PTQ quantises the convolutions behind a backbone's first {STEM_CONVOLUTIONS}, and this one has "
-            f"{backbone_convolutions} in all, as transformers do: export it in FP16 or FP32."
+            f"INT8_PTQ supports CNN backbones only, with more than {STEM_CONVOLUTIONS} convolutions, and this one has "
+            f"{backbone_convolutions}: export it in FP16 or FP32."
         )
         raise WTFlowError(msg)
     tail = tail_names(model, backbone_convolutions)
@@ -117,7 +117,7 @@ def quantize(model: Any, images: Any, backbone_convolutions: int) -> Any:
 
 
 def keep_precise(path: Path, backbone_convolutions: int) -> None:
-    """Mark the stem in an OpenVINO model's ``.xml`` file, so that no runtime computes it in bfloat16 or FP16.
+    """Mark the stem in a model's ``.xml`` file, so that it is never computed in 16 bits.
 
     OpenVINO has a mark for this in its files, ``precise``, and no way to set it from Python.
     """

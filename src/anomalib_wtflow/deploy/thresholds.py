@@ -1,4 +1,4 @@
-"""The thresholds of a quantised graph: set again through it, since it scores otherwise than the model in f32.
+"""New thresholds for a quantised graph, whose scores differ from those in f32.
 
 They are found in the graph by placeholders, which the post-processor holds while the graph is exported.
 """
@@ -29,7 +29,7 @@ def placeholders(name: str, count: int) -> Tensor:
 
 @contextmanager
 def placed(post: WTFlowPostProcessor) -> Iterator[None]:
-    """Have a post-processor hold placeholders while it is exported."""
+    """Put placeholders into a post-processor while it is exported."""
     kept = {name: post.get_buffer(name).clone() for name in PLACEHOLDERS}
     try:
         for name, values in kept.items():
@@ -66,7 +66,7 @@ def score_images(graph: Any, images: Iterable[NDArray], count: int) -> Scores:
 
 
 def set_thresholds(graph: Any, post: WTFlowPostProcessor, count: int) -> None:
-    """Replace the placeholders of an OpenVINO graph, in place, by the thresholds of a post-processor."""
+    """Replace the placeholders in an OpenVINO graph by the thresholds of a post-processor."""
     from openvino import opset13
 
     for name in PLACEHOLDERS:

@@ -1,1 +1,1 @@
-"""Why a trained model separates: numbers, figures, words, and the page that holds them."""
+"""Diagnosis of a trained model: numbers, figures, words, and an HTML page."""

@@ -1,4 +1,4 @@
-"""How sure the numbers of a test are: 95 % intervals of an AUROC, of a difference, of a share; the false-alarm band."""
+"""95 % intervals of an AUROC, a difference and a share; the band of false alarms."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ RESAMPLES = 2000
 
 
 def auroc_interval(auroc: float, normal: int, anomalous: int) -> Interval:
-    """``|t - auroc| <= z sqrt(V(t))`` for m normal and n anomalous images, which has a width at 0 and 1 too.
+    """``|t - auroc| <= z sqrt(V(t))`` for m normal and n anomalous images.
 
     ``V(t) = t (1 - t) (1 + (N - 1) ((1 - t) / (2 - t) + t / (1 + t))) / (m n)`` with ``N = (m + n) / 2`` (Hanley and
-    McNeil, Radiology 143, 1982, as Newcombe has it in his method 5, Statistics in Medicine 25, 2006).
+    McNeil, Radiology 143, 1982; Newcombe's method 5, Statistics in Medicine 25, 2006). It has a width at 0 and 1 too.
     """
     z = norm.ppf((1 + LEVEL) / 2)
 
@@ -30,7 +30,7 @@ def auroc_interval(auroc: float, normal: int, anomalous: int) -> Interval:
 
 
 def mean_interval(values: Sequence[float], intervals: Sequence[Interval]) -> Interval:
-    """``mean ± sqrt(sum (value - end)^2) / K``, by side (Zou and Donner, Statistics in Medicine 27, 2008)."""
+    """``mean ± sqrt(sum (value - end)^2) / K``, by side (Zou and Donner, 2008)."""
     count, mean = len(values), sum(values) / len(values)
     below = math.hypot(*(value - low for value, (low, _) in zip(values, intervals, strict=True)))
     above = math.hypot(*(high - value for value, (_, high) in zip(values, intervals, strict=True)))
@@ -38,13 +38,13 @@ def mean_interval(values: Sequence[float], intervals: Sequence[Interval]) -> Int
 
 
 def share_interval(count: int, total: int) -> Interval:
-    """Wilson's interval of a share, of which ``count`` of ``total`` were seen."""
+    """Return Wilson's interval of a share, seen in ``count`` of ``total``."""
     ends = binomtest(count, total).proportion_ci(LEVEL, "wilson")
     return float(ends.low), float(ends.high)
 
 
 def difference_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> Interval:
-    """Of the mean difference of two AUROCs on the same images, by 2000 resamples of the images of each kind.
+    """Return the interval of a mean difference of AUROCs, from 2000 resamples of the images.
 
     The pairs are what :func:`placements` gives of either score, ``(m, n)`` each, for each product.
     """
@@ -60,13 +60,13 @@ def difference_interval(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: in
 
 
 def placements(normal: Sequence[float], anomalous: Sequence[float]) -> np.ndarray:
-    """1 where a defective image scores above a good one, 1/2 where they are equal, ``(m, n)``; mean: AUROC."""
+    """1 where a defective image scores above a good one, 1/2 if equal, ``(m, n)``."""
     good, bad = np.asarray(normal)[:, None], np.asarray(anomalous)[None]
     return (bad > good) + 0.5 * (bad == good)
 
 
 def false_alarm_band(groups: Sequence[tuple[int, float, int]]) -> tuple[int, int]:
-    """How many false alarms the promise makes likely (95 %), by the draw of the calibration images and of the test's.
+    """Return the 95 % band of the number of false alarms that the promised rate allows.
 
     With a threshold at the j-th largest of n calibration scores, the number among m exchangeable good images follows a
     beta-binomial law with ``j`` and ``n + 1 - j`` (Vovk, 2012; exact without ties); over groups they add up.

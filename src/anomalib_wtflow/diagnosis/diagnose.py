@@ -1,4 +1,4 @@
-"""Can a trained model be trusted, and why: ``anomalib-wtflow diagnose`` and its Python function."""
+"""``anomalib-wtflow diagnose``: can a trained model be trusted, and why?"""
 
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ def diagnose(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Write figures (PNG), the numbers behind them (JSON) and one self-contained HTML page about a trained model.
+    """Write figures (PNG), numbers (JSON) and one self-contained HTML page about a model.
 
     Args:
         ckpt_path: Checkpoint of a ``WTFlow`` model.

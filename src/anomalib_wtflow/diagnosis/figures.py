@@ -32,7 +32,7 @@ def name_of(coupling: str) -> str:
 
 
 def along_the_flow(flow: dict[str, Any], key: str, label: str, level: float) -> Figure:
-    """Median, and 5 % to 95 % of the positions, along the flow as it is scored and along the ODE of each field.
+    """Draw median and 5 % to 95 % along the scored flow and along each field's ODE.
 
     ``key`` names what is drawn of the numbers, and ``level`` is where a thin line lies.
     """
@@ -53,7 +53,7 @@ def along_the_flow(flow: dict[str, Any], key: str, label: str, level: float) -> 
 
 
 def field_over_time(field: dict[str, Any]) -> Figure:
-    """Norm and local Lipschitz constant of the fields over time."""
+    """Draw norm and local Lipschitz constant of the fields over time."""
     figure, (left, right) = new_figure(1, 2, 8.4, 3.4)
     for coupling, row in field["couplings"].items():
         color, style = (GREY, ":") if coupling == "independent" else (BLUE, "-")
@@ -69,7 +69,7 @@ def field_over_time(field: dict[str, Any]) -> Figure:
 
 
 def histogram(scores: dict[str, Any], level: str, unit: str = "") -> Figure:
-    """Histogram of the scores of the images or of the pixels (the ``level``), by kind, with the threshold."""
+    """Draw a histogram of image or pixel (``level``) scores, by kind, with the threshold."""
     figure, axes = new_figure(1, 1, 5, 3.4)
     bars = scores[f"{level}_histogram"] or {}
     threshold = scores["threshold" if level == "image" else "pixel_threshold"]
@@ -91,7 +91,7 @@ def histogram(scores: dict[str, Any], level: str, unit: str = "") -> Figure:
 
 
 def called_by_kind(scores: dict[str, Any]) -> Figure:
-    """Share of the images of each kind that is called anomalous, with 95 % intervals; what is promised of good ones."""
+    """Draw the share of each kind called anomalous, with 95 % intervals and the promise."""
     kinds, promised = scores["kinds"], scores["promised_rate"]
     figure, axes = new_figure(1, 1, 5, max(3.4, 1.2 + 0.36 * len(kinds)))
     for row, (kind, counts) in enumerate(kinds.items()):

@@ -22,7 +22,7 @@ Fields = Mapping[str, nn.Module]
 
 
 def _series(rows: Sequence[Tensor]) -> dict[str, list[float]]:
-    """5 %, 50 % and 95 % quantiles of each row."""
+    """Return the 5 %, 50 % and 95 % quantiles of each row."""
     quantiles = torch.stack([*rows]).double().cpu().quantile(torch.tensor([*QUANTILES.values()]).double(), dim=1)
     return dict(zip(QUANTILES, quantiles.tolist(), strict=True))
 
@@ -34,7 +34,7 @@ def _stacked(model: WTFlow, images: Sequence[ScoredImage]) -> tuple[Tensor, Tens
 
 
 def _positions(images: Sequence[ScoredImage]) -> Tensor:
-    """Which positions stand for the kind of their images, ``(N, h, w)``: all, or those half under a defect, if any."""
+    """Select positions by kind of image, ``(N, h, w)``: all, or those half under a defect."""
     masks = [torch.ones(1, 1) if i.mask is None or not i.mask.any() else i.mask.float() for i in images]
     size = images[0].x0.shape[-2:]
     chosen = torch.cat([F.interpolate(mask[None, None], size=size, mode="area")[0] for mask in masks]) > 0.5
@@ -43,7 +43,7 @@ def _positions(images: Sequence[ScoredImage]) -> Tensor:
 
 @torch.no_grad()
 def flow_numbers(model: WTFlow, fields: Fields, followed: Mapping[str, Sequence[ScoredImage]]) -> dict[str, Any]:
-    """Radius and centripetal component along the flow, by kind of position.
+    """Return radius and centripetal component along the flow, by kind of position.
 
     Along the flow as it is scored, ``x0 + t (y - x0)``; and along the learnt ODE from ``x(0) = x0``, for each field.
     ``followed`` are images of each kind.
@@ -68,7 +68,7 @@ def flow_numbers(model: WTFlow, fields: Fields, followed: Mapping[str, Sequence[
 
 
 def field_numbers(model: WTFlow, fields: Fields, images: Sequence[ScoredImage]) -> dict[str, Any]:
-    """Norm ``||v|| / sqrt(C)`` and local Lipschitz constant of each field at points of the paths it was trained on."""
+    """Return ``||v|| / sqrt(C)`` and local Lipschitz constant of each field on its paths."""
     x0, embedding = _stacked(model, images)
     few = slice(LIPSCHITZ_IMAGES)
     result: dict[str, Any] = {"t": FIELD_TIMES.tolist(), "images": len(x0[few]), "couplings": {}}

@@ -1,4 +1,4 @@
-"""The test images for the page: what is said of each, and its picture beside its map."""
+"""The test images of the page: facts, picture and anomaly map of each."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ CALLED, MARKED = (255, 255, 255), (0, 230, 118)
 
 
 def gallery_rows(model: WTFlow, images: Sequence[ScoredImage]) -> list[dict[str, Any]]:
-    """Say what the model made of each image, for the JSON."""
+    """Describe the model's result for each image, for the JSON."""
     thresholds = by_product(model, "image_threshold")
     return [
         {
@@ -41,7 +41,7 @@ def gallery_rows(model: WTFlow, images: Sequence[ScoredImage]) -> list[dict[str,
 
 
 def entries(model: WTFlow, rows: Iterable[tuple[ScoredImage, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Add ``picture`` and ``heat`` to images' :func:`gallery_rows`, in order, until they take what a page can bear.
+    """Add ``picture`` and ``heat`` to :func:`gallery_rows`, up to the page's size limit.
 
     Maps are on a scale that ends at twice the pixel threshold of the product; without one, at the map's own maximum.
     """
@@ -63,7 +63,7 @@ def entries(model: WTFlow, rows: Iterable[tuple[ScoredImage, dict[str, Any]]]) -
 
 
 def heat_map(image: ScoredImage, picture: Image.Image, threshold: float | None) -> Image.Image:
-    """Draw the anomaly map over a grey picture, with outlines of what is called anomalous and of the true mask."""
+    """Draw the map over a grey picture, and outline predicted and true defects."""
     top = 2 * threshold if threshold else float(image.anomaly_map.max())
     shares = (image.anomaly_map.numpy() / max(top, 1e-9)).clip(0, 1)
     shares = np.asarray(Image.fromarray(shares.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR))
@@ -77,7 +77,7 @@ def heat_map(image: ScoredImage, picture: Image.Image, threshold: float | None) 
 
 
 def _edge(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Three pixels along the inside of a mask's edge, and of the picture's where the mask reaches it."""
+    """Return the inner edge of a mask, three pixels wide, also along the picture's border."""
     inside = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)).astype(bool)
     return inside & ~binary_erosion(inside, iterations=3)
 

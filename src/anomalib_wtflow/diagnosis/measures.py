@@ -1,4 +1,4 @@
-"""What a flow does to points: radius, centripetal component, local Lipschitz constant, trajectories."""
+"""Measures of a flow: radius, centripetal component, Lipschitz constant, trajectories."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from anomalib_wtflow.flow.solver import Solver, VectorField
 
 
 def radius(x: Tensor) -> Tensor:
-    """``||x|| / sqrt(C)`` at each position of ``(N, C, ...)``, as ``(N, ...)``; 1 on the shell where noise lives."""
+    """``||x|| / sqrt(C)`` by position, ``(N, C, ...)`` to ``(N, ...)``; noise has about 1."""
     return x.square().mean(dim=1).sqrt()
 
 
@@ -21,7 +21,7 @@ def centripetal_component(velocity: Tensor, x: Tensor) -> Tensor:
 
 
 def trajectory(field: VectorField, x: Tensor, times: Tensor) -> Tensor:
-    """Points ``(K, N, ...)`` at each of K times along ``dx/dt = v(x, t)``, by one RK4 step from one to the next.
+    """Return points ``(K, N, ...)`` along ``dx/dt = v(x, t)``, one RK4 step apart.
 
     Args:
         field: ``v(x, t)``.
@@ -35,7 +35,7 @@ def trajectory(field: VectorField, x: Tensor, times: Tensor) -> Tensor:
 
 
 def local_lipschitz(field: VectorField, x: Tensor, t: Tensor, iterations: int = 20) -> Tensor:
-    """``|| dv/dx ||_2`` at each sample, ``(N,)``, by power iteration on ``J^T J``: a lower bound that these tighten.
+    """``|| dv/dx ||_2`` of each sample, ``(N,)``: a lower bound by power iteration.
 
     For a field that acts on each position by itself it is the largest over the positions of a sample.
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page, which the template ``page/page.html`` makes of figures, words and numbers."""
+"""One self-contained HTML page, made from the template ``page/page.html``."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from anomalib_wtflow.diagnosis.verdict import overall, percent, verdict
 
 
 def write_page(output: Path, numbers: Numbers, shown: Sequence[Numbers]) -> Path:
-    """Write ``<name>.png`` for each figure, ``numbers.json`` and ``index.html``, which holds the figures itself.
+    """Write ``<name>.png`` for each figure, ``numbers.json`` and ``index.html``.
 
     Args:
         output: Folder; files of these names in it are replaced.
@@ -57,7 +57,7 @@ def write_page(output: Path, numbers: Numbers, shown: Sequence[Numbers]) -> Path
 
 
 def _saved(output: Path, name: str, figure: Figure) -> str:
-    """Write ``<name>.png``, and return the address of an ``img`` that holds the same."""
+    """Write ``<name>.png``, and return the address of an ``img`` with the same content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     (output / f"{name}.png").write_bytes(buffer.getvalue())
@@ -72,7 +72,7 @@ def _part(output: Path, prefix: str, scores: Numbers, unit: str = "") -> dict[st
 
 
 def _example(shown: Sequence[Numbers]) -> tuple[str, Numbers]:
-    """Choose the worst image if there is a wrong verdict, else the found defect with the middle score."""
+    """Choose the worst wrong verdict, or else the found defect with the middle score."""
     worst = shown[0]
     if worst["verdict"] in WRONG:
         return f"Worst {worst['verdict']}", worst

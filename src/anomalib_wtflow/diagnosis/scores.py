@@ -1,4 +1,4 @@
-"""Numbers of the scores: thresholds and what they promise, errors, AUROCs, histograms, the gain by the flow."""
+"""Numbers of the scores: thresholds, guarantees, errors, AUROCs, histograms, flow gain."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ def by_product(model: WTFlow, name: str) -> list[float | None]:
 
 
 def all_numbers(model: WTFlow, images: Sequence[ScoredImage], controls: Mapping[str, Sequence[ScoredImage]]) -> Numbers:
-    """Numbers of all scores and, of several products, those of each.
+    """Return the numbers of all scores and, for several products, of each.
 
     Scores of several products are comparable in units of their own thresholds; AUROCs of all are the products' mean.
     ``controls`` are the same images with the scores and maps of controls without a flow, simplest first.
@@ -80,7 +80,7 @@ def _means(rows: Sequence[Numbers]) -> Numbers:
 
 
 def joined(products: Sequence[Numbers]) -> Numbers:
-    """Join what is promised of products, and compare the flow with the control of the highest image AUROC.
+    """Join the products' guarantees; compare the flow with the control of highest AUROC.
 
     AUROCs are means over the products that have both kinds; of equal controls the simplest counts.
     """
@@ -113,7 +113,7 @@ def joined(products: Sequence[Numbers]) -> Numbers:
 
 
 def score_numbers(images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> Numbers:
-    """Raw scores, thresholds, errors at them, AUROCs, and histograms of the density proxy of images and pixels."""
+    """Return raw scores, thresholds, errors, AUROCs and histograms of images and pixels."""
     result = separation(images)
     scores = result["image_scores"]
     good, bad = (len(scores.get(kind, ())) for kind in ("normal", "anomalous"))
@@ -137,7 +137,7 @@ def score_numbers(images: Sequence[ScoredImage], thresholds: Sequence[float | No
 
 
 def separation(images: Sequence[ScoredImage]) -> Numbers:
-    """Raw scores by kind, and AUROCs of images and pixels; None where there are not both kinds."""
+    """Return raw scores by kind, and AUROCs of images and pixels (None without both kinds)."""
     scores: dict[str, list[float]] = {}
     for kind in ("normal", "anomalous", "unlabelled"):
         values = [image.score for image in images if image.kind == kind]
@@ -164,7 +164,7 @@ def _placements(side: Numbers) -> Any:
 
 
 def _pixels_by_kind(images: Sequence[ScoredImage]) -> dict[str, Tensor]:
-    """Map values of the pixels of each kind that is there; those of defective images without masks are left out."""
+    """Return the pixels' map values by kind, without defective images that have no mask."""
     pixels = {"normal": [image.anomaly_map[~image.mask] for image in images if image.mask is not None]}
     pixels["anomalous"] = [i.anomaly_map[i.mask] for i in images if i.kind == "anomalous" and i.mask is not None]
     pixels["unlabelled"] = [image.anomaly_map.flatten() for image in images if image.kind == "unlabelled"]
@@ -172,7 +172,7 @@ def _pixels_by_kind(images: Sequence[ScoredImage]) -> dict[str, Tensor]:
 
 
 def _called(images: Sequence[ScoredImage]) -> dict[str, dict[str, int]]:
-    """Images of each kind, good ones first, and how many of them are called anomalous."""
+    """Count the images of each kind, good ones first, and those called anomalous."""
     total = Counter(image.shown_kind for image in images)
     called = Counter(image.shown_kind for image in images if image.called)
     return {k: {"images": total[k], "called": called[k]} for k in sorted(total, key=lambda k: (k != "good", k))}

@@ -1,4 +1,4 @@
-"""The test images, and what the model makes of them."""
+"""The test images, and the model's results for them."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ VERDICTS = (*WRONG, "found", "passed", "called anomalous", "called good", "no th
 
 
 class ScoredImage(NamedTuple):
-    """A test image and what the model made of it; maps and masks are ``(H, W)``.
+    """A test image and the model's results for it; maps and masks are ``(H, W)``.
 
     ``anomalous`` and ``mask`` are the truth, None where it is not known; ``score`` and ``anomaly_map`` are raw.
     ``called`` and ``called_mask`` are the verdict, None if the model has no threshold. ``features`` and ``x0``, the
@@ -104,19 +104,19 @@ def score_image(model: WTFlow, item: Any) -> ScoredImage:
 
 
 def spread(items: Sequence, count: int) -> list:
-    """At most ``count`` items, evenly spread over all."""
+    """Return at most ``count`` items, evenly spread over all."""
     step = max(1, len(items) / count)
     return [items[int(k * step)] for k in range(min(count, len(items)))]
 
 
 def informative_first(images: Sequence[ScoredImage], thresholds: Sequence[float | None]) -> list[ScoredImage]:
-    """Wrong verdicts first, the worst of each product and kind in turn; then the others, the closest calls in turn.
+    """Sort images: wrong verdicts first, the worst first; then right ones, the closest first.
 
     Defective before good ones. Where there is no truth or no threshold of a product, the highest scores come first.
     """
 
     def doubt(image: ScoredImage) -> float:
-        """A wrong verdict is the worse, and a right one the safer, the farther the score is from the threshold."""
+        """Return the sort key: distance of the score from the threshold, negative if wrong."""
         threshold = thresholds[image.product]
         if threshold is None or image.anomalous is None:
             return -image.score

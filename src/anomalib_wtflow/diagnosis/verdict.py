@@ -1,4 +1,4 @@
-"""The answer of the first screen, in words: rules on the numbers in a diagnosis's JSON, and on nothing else."""
+"""The answer on the first screen, in words, by rules on a diagnosis's JSON alone."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
 
     @property
     def level(self) -> str:
-        """How the answer begins, as a class of the page's style."""
+        """Return the first words of the answer as a CSS class of the page."""
         return LEVELS[_severity(self.answer)].lower().replace(" ", "-")
 
 
@@ -56,7 +56,7 @@ def answer(scores: Numbers) -> str:
 
 
 def overall(scores: Numbers, products: Mapping[str, Numbers]) -> str:
-    """Answer for all products: that of the worst of them, by name, where it is worse than that of all together."""
+    """Answer for all products: that of the worst, by name, if worse than for all together."""
     texts = {name: answer(row) for name, row in products.items()}
     whole = answer(scores)
     worst = max(texts.values(), key=_severity, default=whole)
@@ -71,13 +71,13 @@ def _severity(text: str) -> int:
 
 
 def _too_many_false_alarms(scores: Numbers) -> bool:
-    """Whether more good images are rejected than the draw of the images explains."""
+    """Return whether more good images are rejected than chance explains."""
     band = scores["false_alarm_band"]
     return band is not None and scores["false_alarms"] is not None and scores["false_alarms"] > band[1]
 
 
 def _too_few_calibration_images(scores: Numbers) -> bool:
-    """Whether the threshold promises a higher rate than what was asked for."""
+    """Return whether the threshold promises a higher rate than requested."""
     asked, promised = scores["asked_rate"], scores["promised_rate"]
     return asked is not None and promised is not None and promised > asked * (1 + 1e-5)  # float32, six digits
 
@@ -138,7 +138,7 @@ def _flow(scores: Numbers) -> str:
 
 
 def advice(scores: Numbers) -> list[str]:
-    """Say what to do next, most pressing first."""
+    """Return what to do next, most urgent first."""
     images, found = scores["images"], []
     if _too_many_false_alarms(scores):
         found.append("Train again with good images of today's parts, light and camera: the threshold is for others.")
@@ -166,5 +166,5 @@ def advice(scores: Numbers) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """Write a share with two digits that say something."""
+    """Format a share with two significant digits."""
     return "100 %" if share > 0.995 else f"{100 * share:.2g} %" if share > 1e-6 else "0 %"

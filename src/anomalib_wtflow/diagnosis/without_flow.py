@@ -1,4 +1,4 @@
-"""What the flow is compared with: the same score of the same features without a flow (ours), and plain rFM."""
+"""Controls for the flow: the same score without a flow (ours), and plain rFM."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -43,7 +43,7 @@ def in_batches(features: Tensor, index: Tensor) -> Iterator[Training]:
 def without_flow(
     model: WTFlow, images: Sequence[ScoredImage], training: Training | None
 ) -> Iterator[tuple[str, list[ScoredImage]]]:
-    """Score the test images by the density proxy of their features themselves, ``y = x0``, in each of three ways.
+    """Score the test images by the density proxy of ``y = x0``, in three ways.
 
     Features normalised as the model's; whitened; and whitened less the mean of the training images at each position,
     of each product by itself. The background level is fitted to the training images, as the model's own is. Without
@@ -67,7 +67,7 @@ def without_flow(
 
 
 def controls(model: WTFlow, training: Training | None) -> dict[str, Ends]:
-    """Build the controls, by name; only the first where a product has no training images to whiten with."""
+    """Build the controls by name; only the first if a product has no training images."""
     result: dict[str, Ends] = {UNWHITENED: model.model.normalization}
     if training is None or len(training[1].unique()) < len(model.products):
         return result
@@ -87,7 +87,7 @@ def controls(model: WTFlow, training: Training | None) -> dict[str, Ends]:
 
 
 def fit_plain(model: WTFlow, training: Training, progress: Callable[[Iterable[int]], Iterable[int]]) -> nn.Module:
-    """Train a field with independent coupling, as the model's was, on features of training images: plain rFM."""
+    """Train a field with independent coupling and the model's settings: plain rFM."""
     part, plan = model.model, plan_of(model.settings)
     with torch.no_grad():
         x0 = [part.normalization(f.to(model.device), k.to(model.device)).cpu() for f, k in in_batches(*training)]

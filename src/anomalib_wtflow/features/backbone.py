@@ -22,9 +22,9 @@ CPU_CHUNK = 2
 
 
 class DataConfig(NamedTuple):
-    """What a backbone expects of its input: ``(x - mean) / std`` of an RGB image in [0, 1], at about ``image_size``.
+    """A backbone's input: ``(x - mean) / std`` of RGB in [0, 1], at about ``image_size``.
 
-    A ``fixed`` one, as most transformers are, takes no other size than the one that it is built for.
+    A ``fixed`` backbone, as most transformers are, accepts only the size for which it is built.
     """
 
     mean: tuple[float, ...]
@@ -55,7 +55,7 @@ def get_data_config(backbone: str) -> DataConfig:
 
 
 def get_image_size(backbone: str, image_size: int | Sequence[int] | None) -> tuple[int, int]:
-    """Return height and width of the images: as given, as a side or as both, or None for the backbone's own.
+    """Return height and width of the images, from a side or both; None is the backbone's own.
 
     Raises:
         WTFlowError: If timm has no such model.
@@ -89,7 +89,7 @@ def default_layers(strides: Sequence[int]) -> list[int]:
 
 
 def layer_indices(backbone: str, layers: Sequence[str] | None) -> list[int]:
-    """Return the indices of feature layers among all of a backbone; None for :func:`default_layers`.
+    """Return the indices of layers in a backbone; None is :func:`default_layers`.
 
     Raises:
         WTFlowError: If a layer is unknown, or they are not in order.
@@ -171,7 +171,7 @@ class FeatureExtractor(nn.Module):
         return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
     def _built_size(self, image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
-        """Return the size that a fixed backbone is built for: whole patches, or its own; None for one that is not."""
+        """Return the size for which a fixed backbone is built; None for any other backbone."""
         own, size = get_data_config(self.backbone), get_image_size(self.backbone, image_size)
         if not own.fixed or size == own.image_size:
             return size if own.fixed else None

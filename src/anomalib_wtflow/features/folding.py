@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
-    """Fold ``bn(conv(x))`` into ``conv(x)`` wherever a batch normalisation reads what a convolution has just given.
+    """Fold ``bn(conv(x))`` into ``conv(x)`` where a batch norm directly follows.
 
     What follows the normalisation inside timm's modules, its activation, stays. Which goes with which is seen by
     running the network, so that it works for any architecture.
@@ -40,7 +40,7 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _observe(network: nn.Module, images: Tensor) -> tuple[Sequence[Tensor], dict[Any, Any]]:
-    """Return what a network gives, and its batch normalisations that read a convolution's output, with that one."""
+    """Return a network's output, and each batch norm that follows a convolution, with it."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: dict[Any, Any] = {}
 

@@ -1,4 +1,4 @@
-"""Features of training images in memory, of all of them or, beyond a budget, of a uniform sample."""
+"""Features of training images in memory: all, or a uniform sample within a budget."""
 
 import heapq
 from collections import defaultdict
@@ -13,7 +13,7 @@ CHUNK = 256
 
 
 class Row(NamedTuple):
-    """Features of an image, ``(C, H, W)``, with its file and product; ``key`` is minus its priority."""
+    """Features of an image, ``(C, H, W)``, with file and product; ``key`` is -priority."""
 
     key: float
     number: int
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 class FeatureStore:
-    """Keep the features of the images that stream by: all, or as many as the budget holds.
+    """Memory of the features of a stream of images: all, or as many as the budget holds.
 
     Beyond the budget, each product keeps a uniform sample without replacement of its images, by bottom-k sampling: each
     image draws a priority in [0, 1), and the product with the most rows loses the row with the highest. A product
@@ -69,7 +69,7 @@ class FeatureStore:
         return sorted((row for heap in self.heaps.values() for row in heap), key=lambda row: (row.path, row.number))
 
     def gathered(self, broadcast: Callable[[Any, int], Any], processes: int, rank: int) -> "FeatureStore":
-        """Return the rows of all processes, of each file once: samplers repeat some, so that all have as many.
+        """Return the rows of all processes, each file once: samplers repeat some files.
 
         Args:
             broadcast: Gives an object of the process with a rank to all.

@@ -1,4 +1,4 @@
-"""Weights of backbones: those of EfficientNet-Lite0, which a package brings along, and those of a file."""
+"""Weights of backbones: EfficientNet-Lite0's, from a package, and those of a file."""
 
 import sys
 from contextlib import suppress
@@ -25,7 +25,7 @@ def packaged_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights_file(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``.safetensors`` file, or one of ``torch.save``, without running any code that it may hold."""
+    """Read a ``.safetensors`` or ``torch.save`` file without running code from it."""
     state: Any
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -65,7 +65,7 @@ def weights_of_file(path: str | Path, network: nn.Module, backbone: str, **optio
 
 
 def _converted(state: dict[str, Tensor], backbone: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Return a file's weights as timm loads them: under its own names, with positions resampled to this grid."""
+    """Return a file's weights under timm's names, with positions resampled to this grid."""
     with torch.device("meta"):
         model = timm.create_model(backbone, exportable=True, **options)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -76,7 +76,7 @@ def _converted(state: dict[str, Tensor], backbone: str, options: dict[str, Any])
 
 
 def _dotted(name: str) -> str:
-    """Write a weight's name as all of timm's do: its wrappers for features say ``model.a.0`` or ``a_0`` for ``a.0``."""
+    """Return a weight's name with dots: timm's wrappers write ``model.a.0`` or ``a_0``."""
     return name.removeprefix("model.").replace("_", ".")
 
 

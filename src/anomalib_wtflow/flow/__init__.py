@@ -1,1 +1,1 @@
-"""The method: path, coupling, field, solver, normalisation, regression. Knows nothing of Lightning or anomalib."""
+"""The method in plain torch: path, coupling, field, solver, normalisation, regression."""

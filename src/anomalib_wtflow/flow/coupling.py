@@ -16,7 +16,7 @@ from anomalib_wtflow.flow.registry import lookup
 
 
 def _assign(x0: Tensor, noise: Tensor, maximize: bool) -> Tensor:
-    """Permute the noise over the images of the batch so that the sum of ``<x_i, eps_i>`` is largest, or smallest."""
+    """Permute the noise over the batch for the largest or smallest ``sum_i <x_i, eps_i>``."""
     inner = (x0.flatten(1) @ noise.flatten(1).T).detach().float().cpu()
     if not inner.isfinite().all():
         msg = "The features or the noise hold NaN or infinite values: check the weights file and the images."
@@ -32,12 +32,12 @@ def independent(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def optimal(x0: Tensor, noise: Tensor) -> Tensor:
-    """``argmin_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch optimal transport."""
+    """``argmin_pi sum_i ||x_i - eps_pi(i)||^2``: mini-batch optimal transport."""
     return _assign(x0, noise, maximize=True)
 
 
 def worst(x0: Tensor, noise: Tensor) -> Tensor:
-    """``argmax_pi sum_i ||x_i - eps_pi(i)||^2`` over the images of the batch: mini-batch worst transport."""
+    """``argmax_pi sum_i ||x_i - eps_pi(i)||^2``: mini-batch worst transport."""
     return _assign(x0, noise, maximize=False)
 
 
@@ -52,7 +52,7 @@ def worst_of_two(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def antipodal(x0: Tensor, noise: Tensor) -> Tensor:
-    """``-sqrt(C) x0 / ||x0||`` at each position: deterministic, on the sphere that the noise concentrates on.
+    """``-sqrt(C) x0 / ||x0||`` at each position: deterministic, on the sphere of the noise.
 
     The marginal is that of the reflected directions of the data, not a Gaussian. A zero vector stays zero.
     """

@@ -81,11 +81,11 @@ class PointwiseField(nn.Module):
         self.head = PointwiseConv(width, channels)
 
     def forward(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
-        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)``, or ``(1,)`` for one time for all.
+        """Return the velocity at points ``(N, C, H, W)`` and times ``(N,)`` or ``(1,)``.
 
         Args:
             x: The points.
-            t: The times.
+            t: The times; a single one is for all points.
             class_embedding: ``(N, class_channels)``, or ``(1, class_channels)`` for all; None for 0.
         """
         embedding = self.time_embedding(t)
@@ -127,11 +127,11 @@ class ResidualBlock(nn.Module):
 
 
 class UNetField(nn.Module):
-    """The authors' mini U-Net: widths b, 2b, 4b, two residual blocks a stage, skips by concatenation.
+    """The authors' mini U-Net: widths b, 2b, 4b, two residual blocks a stage, skips.
 
     1x1 convolution in; two down stages, each followed by a max-pool; a middle block; two up stages (nearest
-    up-sampling to the skip's size, so that any feature size works); 1x1 convolution out. With C = 1024 and b = 768 it
-    has about 763 M parameters, which is our count of the authors' network.
+    up-sampling to the size of the skip, which is concatenated, so any feature size works); 1x1 convolution out. With
+    C = 1024 and b = 768 it has about 763 M parameters, which is our count of the authors' network.
 
     Args:
         channels: Feature channels C.
@@ -159,7 +159,7 @@ class UNetField(nn.Module):
         self.head = nn.Conv2d(width, channels, 1)
 
     def forward(self, x: Tensor, t: Tensor, class_embedding: Tensor | None = None) -> Tensor:
-        """Return the velocity at points ``(N, C, H, W)``, H and W at least 8, and times ``(N,)`` or ``(1,)``."""
+        """Return the velocity at ``(N, C, H, W)``, H and W >= 8, and times ``(N,)`` or ``(1,)``."""
         embedding = self.time_embedding(t)
         if class_embedding is not None:
             embedding = embedding + F.linear(class_embedding, self.class_map)
@@ -180,9 +180,9 @@ class UNetField(nn.Module):
 
 
 class LayerwiseField(nn.Module):
-    """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network for each layer of the features (ours).
+    """``v(x, t) = (v_1(x_1, t), ..., v_L(x_L, t))``: a network for each layer (ours).
 
-    The density is then a product over the layers: what is strange in one layer is not explained away by another.
+    The density is then a product over the layers, so no layer hides what is anomalous in another.
 
     Args:
         fields: Networks v_l.

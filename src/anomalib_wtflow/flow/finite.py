@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def finite(*values: Tensor) -> Tensor:
-    """Return whether all numbers of each image are finite, ``(N,)``, from floating-point tensors ``(N, ...)``."""
+    """Return whether all numbers of each image are finite, ``(N,)``; tensors ``(N, ...)``."""
     return torch.stack([_finite(each.flatten(1) if each.ndim > 1 else each[:, None]) for each in values]).all(dim=0)
 
 
@@ -16,7 +16,7 @@ def _finite(rows: Tensor) -> Tensor:
 
 
 def nan_unless_finite(score: Tensor, *seen: Tensor) -> Tensor:
-    """Return scores ``(N,)``, NaN where a number in ``seen``, tensors ``(N, ...)``, is not finite.
+    """Return scores ``(N,)``, NaN where a number of the image in ``seen`` is not finite.
 
     A NaN does not reach the score by itself: the activations of OpenVINO turn it into 0, a ReLU turns -inf into 0.
     """

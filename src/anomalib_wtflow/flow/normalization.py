@@ -1,4 +1,4 @@
-"""Feature normalisations: they put the features on the scale of the noise, so that ``||x0||`` is about ``sqrt(D)``."""
+"""Feature normalisations to the scale of the noise: ``||x0||`` is about ``sqrt(D)``."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def whitening_matrix(covariance: Tensor, ridge: float = 1e-2) -> Tensor:
-    """``U diag((l + r mean(l))^-1/2) U^T`` from the eigenvalues l of a covariance: the symmetric (ZCA) square root.
+    """``U diag((l + r mean(l))^-1/2) U^T`` with eigenvalues l of a covariance (ZCA).
 
     The ridge r keeps directions that the training images hardly use from blowing up.
     """
@@ -23,7 +23,7 @@ def whitening_matrix(covariance: Tensor, ridge: float = 1e-2) -> Tensor:
 
 
 class LayerNormalization(nn.Module):
-    """``(x - mean) / std`` over (C, H, W) of each image, without parameters: norm exactly ``sqrt(D)`` (the authors').
+    """``(x - mean) / std`` over (C, H, W) of each image: norm ``sqrt(D)`` (the authors').
 
     Args:
         channels: Number of channels C; not used.
@@ -36,7 +36,7 @@ class LayerNormalization(nn.Module):
         del channels
 
     def fit(self, batches: Batches) -> None:
-        """There is nothing to fit."""
+        """Return without fitting."""
 
     def forward(self, features: Tensor, index: Tensor) -> Tensor:
         """Normalise ``(N, C, H, W)``; the products do not matter."""
@@ -70,11 +70,11 @@ class Whitening(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether the mean and covariance of each product have been estimated."""
+        """Return whether the mean and covariance of each product have been estimated."""
         return bool(self.fitted_rows.all())
 
     def fit(self, batches: Batches) -> Tensor:
-        """Estimate means and whitening matrices of products that have none yet, from sums in float64.
+        """Estimate means and whitening of products that have none yet, from sums in float64.
 
         Args:
             batches: Features of training images, and the indices of their products.
@@ -127,7 +127,7 @@ class Whitening(nn.Module):
 
 
 class ChannelNormalization(Whitening):
-    """``(x_c - m_c) / sqrt(S_cc + r mean(S))``: each channel by itself, with the same ridge (ours)."""
+    """``(x_c - m_c) / sqrt(S_cc + r mean(S))``: each channel alone, same ridge (ours)."""
 
     def _matrix(self, covariance: Tensor) -> Tensor:
         return super()._matrix(torch.diag(covariance.diagonal()))

@@ -23,7 +23,7 @@ class Coefficients(NamedTuple):
 
 
 class PathSample(NamedTuple):
-    """A point on a conditional path, ``(N, C, H, W)``, its velocity, of the same shape, and its time, ``(N,)``."""
+    """A point on a path and its velocity, ``(N, C, H, W)`` each, and its time, ``(N,)``."""
 
     x_t: Tensor
     velocity: Tensor
@@ -31,22 +31,22 @@ class PathSample(NamedTuple):
 
 
 def linear(t: Tensor, s_min: float) -> Coefficients:
-    """``a_t = 1 - t, s_t = t``: the linear interpolation path (arXiv 2508.05461v3). ``s_min`` has no effect."""
+    """``a_t = 1 - t, s_t = t``: linear path (arXiv 2508.05461v3); ``s_min`` has no effect."""
     del s_min
     one = torch.ones_like(t)
     return Coefficients(1 - t, t, -one, one)
 
 
 def gaussian(t: Tensor, s_min: float) -> Coefficients:
-    """``a_t = 1 - t, s_t = s_min + (1 - s_min) t``: the reversed Gaussian path (arXiv 2508.05461v3)."""
+    """``a_t = 1 - t, s_t = s_min + (1 - s_min) t``: Gaussian path (arXiv 2508.05461v3)."""
     one = torch.ones_like(t)
     return Coefficients(1 - t, s_min + (1 - s_min) * t, -one, (1 - s_min) * one)
 
 
 def variance_preserving(t: Tensor, s_min: float) -> Coefficients:
-    """``a_t = cos(w_t), s_t = sin(w_t)``, w_t from asin(s_min) to pi/2 at constant speed, so a_t^2 + s_t^2 = 1 (ours).
+    """``a_t = cos(w_t), s_t = sin(w_t)``, w_t linear from asin(s_min) to pi/2 (ours).
 
-    It starts at ``a_0 = sqrt(1 - s_min^2)``, not at 1.
+    ``a_t^2 + s_t^2 = 1``; the path starts at ``a_0 = sqrt(1 - s_min^2)``, not at 1.
     """
     start = math.asin(s_min)
     speed = math.pi / 2 - start
@@ -63,7 +63,7 @@ PATHS: dict[str, Callable[[Tensor, float], Coefficients]] = {
 
 
 class ProbabilityPath:
-    """Affine conditional path ``x_t = a_t x0 + s_t eps`` with velocity ``u_t = a'_t x0 + s'_t eps``.
+    """``x_t = a_t x0 + s_t eps``, an affine path with velocity ``u_t = a'_t x0 + s'_t eps``.
 
     The formula is arXiv 2508.05461v3's; see each entry of :data:`PATHS` for its coefficients.
 

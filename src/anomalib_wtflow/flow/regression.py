@@ -1,4 +1,4 @@
-"""Regression of a vector field on a probability path: one loss, one training loop, in plain torch."""
+"""Regression of a vector field on a path: one loss, one training loop, in plain torch."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ REFERENCE_ROWS = 96
 
 
 def matching_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
-    """``mean || v_theta(x_t, t) - u_t ||^2`` per element: conditional flow matching (arXiv 2508.05461v3)."""
+    """``mean || v_theta(x_t, t) - u_t ||^2``: flow matching loss (arXiv 2508.05461v3)."""
     return nn.functional.mse_loss(prediction, velocity)
 
 
@@ -37,9 +37,7 @@ def regress(
     coupling: Coupling,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``v_theta(x_t, t)`` and ``u_t``, which the loss compares: ``t ~ U(0, 1)``, ``eps ~ N(0, I)`` coupled.
-
-    Source: arXiv 2508.05461v3.
+    """Return ``v_theta(x_t, t)`` and ``u_t`` with ``t ~ U(0, 1)``, coupled ``eps ~ N(0, I)``.
 
     Args:
         field: ``v_theta(x, t)``.
@@ -59,7 +57,7 @@ def regress(
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a field is trained; the fields are :class:`anomalib_wtflow.settings.Settings`' of the same names."""
+    """How a field is trained: the :class:`anomalib_wtflow.settings.Settings` of these names."""
 
     max_epochs: int = 80
     batch_size: int = 32
@@ -146,9 +144,9 @@ class FieldTraining:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + averaging (n - 1))``: about the last ``averaging`` of the steps.
+        """``m_n = m_{n-1} + (w_n - m_{n-1}) / (1 + averaging (n - 1))``: average the weights.
 
-        The beginning is forgotten however long the training goes on, so its end need not be known.
+        It covers about the last ``averaging`` of the steps so far, so the end of the training need not be known.
         """
         if self.averaged is not self.field:
             share = 1 / (1 + self.plan.averaging * self.steps)
@@ -160,7 +158,7 @@ class FieldTraining:
 
     @torch.no_grad()
     def reference_loss(self) -> float:
-        """Return the averaged weights' loss on the same data points, positions, times and noise each time."""
+        """Return the averaged weights' loss on data, times and noise that are always the same."""
         self.averaged.eval()
         noise = Generator(self.device).manual_seed(self.reference_seed)
         parts = [self.loss(self.averaged, rows, noise) * len(rows) for rows in self.reference.split(EVALUATED)]
@@ -168,7 +166,7 @@ class FieldTraining:
 
 
 def has_settled(losses: dict[int, float], epoch: int, plateau: float) -> bool:
-    """Whether ``L(e) > (1 - plateau) L(e / 2)`` after epoch e, L being known for some epochs (ours)."""
+    """Return whether ``L(e) > (1 - plateau) L(e / 2)`` for the loss L at epoch e (ours)."""
     before = losses.get(epoch // 2)
     return epoch >= FIRST_CHECK and before is not None and losses[epoch] > (1 - plateau) * before
 
@@ -178,10 +176,10 @@ def fit_field(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     log: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> list[float]:
-    """Minimise ``E || v_theta(x_t, t) - u_t ||^2`` (arXiv 2508.05461v3), and leave the averaged weights in the field.
+    """Minimise ``E || v_theta(x_t, t) - u_t ||^2``; the field gets the averaged weights.
 
-    The training stops early where the loss of the averaged weights fell by less than ``plateau`` in the last half of
-    the epochs (ours).
+    The loss is that of arXiv 2508.05461v3. The training stops early if the loss of the averaged weights fell by less
+    than ``plateau`` in the last half of the epochs (ours).
 
     Args:
         training: The field and its data; the field is left in evaluation mode.

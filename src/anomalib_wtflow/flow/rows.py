@@ -10,7 +10,7 @@ EMBEDDING_CHANNELS = 32
 
 
 def allocate(module: nn.Module, count: int) -> None:
-    """Make room for ``count`` products in a module and its submodules; new rows repeat the first."""
+    """Make room for ``count`` products in a module; new rows repeat the first."""
     for part in module.modules():
         for name in getattr(part, "per_product", ()):
             rows = part.get_buffer(name)
@@ -20,7 +20,7 @@ def allocate(module: nn.Module, count: int) -> None:
 
 
 def class_embeddings(count: int) -> Tensor:
-    """Return the class embedding of each product, ``(count, 32)``: 0 for the first, fixed ``N(0, I)`` draws for others.
+    """Return class embeddings ``(count, 32)``: 0 for the first product, fixed ``N(0, I)`` draws.
 
     An embedding depends on the product's index alone, so a product that is added changes no other's.
     """

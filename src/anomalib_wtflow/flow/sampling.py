@@ -12,12 +12,11 @@ SHARE, LEAST = 8, 32
 
 
 class PositionSampling(nn.Module):
-    """Draw positions with a probability in proportion to ``|| W_l x ||^(2 importance)``, layer by layer (ours).
+    """Positions drawn in proportion to ``|| W_l x ||^(2 importance)``, by layer (ours).
 
-    W_l whitens the layer's training features, so a position counts the more, the rarer it is under a Gaussian. Most
-    positions of good images are alike (background, plain surface). A field that is trained on all of them equally
-    learns rare normal ones (edges, threads, corners) last, and calls them anomalous until then. The path, the noise and
-    the loss stay as they are: what changes is the distribution of the data.
+    W_l whitens the layer's training features, so positions that are rare under a Gaussian count more. Most positions of
+    good images are alike (background). A field trained on all equally learns rare normal ones (edges, threads) last,
+    and calls them anomalous until then. Only the distribution of the data changes, not path, noise or loss.
 
     Args:
         channels: Channels C_l of each layer.
@@ -32,11 +31,11 @@ class PositionSampling(nn.Module):
 
     @property
     def whitening(self) -> list[Tensor]:
-        """W_l of each layer, ``(C_l, C_l)``."""
+        """Return W_l of each layer, ``(C_l, C_l)``."""
         return [self.get_buffer(f"whitening_{index}") for index in range(len(self.channels))]
 
     def fit(self, covariance: Tensor) -> None:
-        """Set W_l from the covariance ``(sum_l C_l,) * 2`` of the normalised training features, whose mean is 0."""
+        """Set W_l from the covariance ``(sum_l C_l,) * 2`` of the normalised features."""
         layers = torch.arange(len(covariance)).split(self.channels)
         for weight, rows in zip(self.whitening, layers, strict=True):
             weight.copy_(whitening_matrix(covariance[rows][:, rows]))

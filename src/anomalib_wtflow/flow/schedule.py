@@ -12,12 +12,12 @@ def cosine(total: float) -> Schedule:
 
 
 def step(total: float) -> Schedule:
-    """``0.1^floor(3 k / K)``: a tenth after each third of the training (the paper's StepLR; its step size is ours)."""
+    """``0.1^floor(3 k / K)``: the paper's StepLR; its step size, K / 3, is ours."""
     return lambda step: 0.1 ** min(int(3 * step / total), 2)
 
 
 def constant(total: float) -> Schedule:
-    """1: the weights that are averaged over the training (ours) need no decay, and no end to be known."""
+    """``1``: averaged weights need neither a decay nor a known end (ours)."""
     del total
     return lambda _: 1.0
 

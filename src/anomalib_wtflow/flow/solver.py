@@ -1,4 +1,4 @@
-"""Solvers of ``dx/dt = v(x, t)``: Runge-Kutta steps of fixed size, unrolled, so that they export."""
+"""Solvers of ``dx/dt = v(x, t)``: unrolled Runge-Kutta steps of fixed size, for export."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -62,7 +62,7 @@ class Solver:
         return x + (end - start) * self.mean_velocity(field, x, start, end)
 
     def mean_velocity(self, field: VectorField, x: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        """Return ``(x(end) - x(start)) / (end - start)``, of the shape of ``x``; arguments as for :meth:`integrate`."""
+        """Return ``(x(end) - x(start)) / (end - start)``; arguments as for :meth:`integrate`."""
         h = (end - start) / self.steps
         total: Tensor | None = None
         for step in range(self.steps):

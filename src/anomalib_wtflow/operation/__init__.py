@@ -1,1 +1,1 @@
-"""What one does with a trained model: load it, find its data, move its threshold."""
+"""Operations on a trained model: load it, find its data, change its threshold."""

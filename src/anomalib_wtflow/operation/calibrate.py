@@ -1,4 +1,4 @@
-"""Move the threshold of a trained model to what the process is like today, without training."""
+"""New thresholds for a trained model, from today's good images, without training."""
 
 import math
 import os
@@ -29,7 +29,7 @@ ALPHA = 0.01
 
 @dataclass(frozen=True)
 class Change:
-    """A product's threshold before and after, on the scale of raw scores, and what the new images tell.
+    """A product's threshold before and after, in raw scores, and a test of the new images.
 
     ``p_value`` is that of a two-sided Mann-Whitney U test of the new scores against those that the old threshold came
     from. ``anomalous`` are the new images above the old threshold, with their raw scores, the highest first.
@@ -75,7 +75,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What :func:`calibrate` did: a change for each product that enough new images show.
+    """Result of :func:`calibrate`: a change for each product that enough new images show.
 
     ``unseen`` products keep their thresholds. ``unused`` are images by the reason why they were left out.
     """
@@ -104,7 +104,7 @@ def calibrate(
     false_alarm_rate: float | None = None,
     device: str = "auto",
 ) -> Calibrated:
-    """Set a trained model's thresholds from new good images, and write a new checkpoint with the same weights.
+    """Set a model's thresholds from new good images, and write a new checkpoint.
 
     At most the stated share of good images like these is called anomalous, each product by itself. Images that the
     model was trained with are left out, as are copies of others.
@@ -162,13 +162,13 @@ def good_images(folder: Path) -> list[str]:
         folder = folder / "test" / "good"
     below = [path.name for path in folder.rglob("*") if path.is_dir()]
     if not folder.is_dir() or {"train", "test", "ground_truth"} & set(below) or (folder.name == "test" and below):
-        msg = f"'{folder}' is no folder of good images alone: give one without train, test and ground_truth."
+        msg = f"'{folder}' is not a folder of good images only: give one without train, test and ground_truth."
         raise WTFlowError(msg)
     return [str(path) for path in PredictDataset(folder).image_filenames]
 
 
 def sort_images(paths: Sequence[str], trained_on: Tensor) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the new images, and by the reason those that may not set a threshold, which would break its promise.
+    """Return the new images, and those left out, by reason.
 
     Raises:
         WTFlowError: If no image is left.
@@ -186,7 +186,7 @@ def sort_images(paths: Sequence[str], trained_on: Tensor) -> tuple[list[str], di
 
 
 def enough_images(new: Scores, old: Scores, count: int, needed: int) -> Tensor:
-    """Mask the new images, ``(n,)``, whose product as many show as the rate needs, or as its old threshold came from.
+    """Mask the images, ``(n,)``, of products with as many as the rate or old threshold needs.
 
     A few images of another product, recognised as this one, would set its threshold. Of one product, any number does.
 
@@ -196,7 +196,7 @@ def enough_images(new: Scores, old: Scores, count: int, needed: int) -> Tensor:
     counts, before = (torch.bincount(scores.index, minlength=count) for scores in (new, old))
     kept = counts >= (before.clamp(max=needed) if count > 1 else 1)
     if not kept[new.index].any():
-        msg = f"The {len(new.index)} good images are too few of each product: the rate needs {needed} of one."
+        msg = f"The {len(new.index)} good images are too few: the rate needs at least {needed} of one product."
         raise WTFlowError(msg)
     return kept[new.index]
 
@@ -210,7 +210,7 @@ def change_of(
     names: list[str],
     alpha: float,
 ) -> Change:
-    """Compare the new scores of product ``k`` with the old ones, and its thresholds with those before.
+    """Compare the old and new scores and thresholds of product ``k``.
 
     The test can tell nothing where p would not be below alpha if all n new scores were above all m old ones: that gives
     the least p, ``2 n! m! / (n + m)!``. A model that had anomalib's threshold has no old scores, and m is 0.

@@ -1,4 +1,4 @@
-"""Many products in one data module: a folder of folders, or any of anomalib's data modules side by side."""
+"""Many products in one data module: a folder of folders, or several data modules."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +83,7 @@ class ProductsDataset(AnomalibDataset):
 
     @property
     def with_mask(self) -> "pd.Series[bool]":
-        """Whether each image has a mask; good images of products with masks have an empty one."""
+        """Tell whether each image has a mask: good images of products with masks have an empty one."""
         samples = self.samples
         known = (samples["mask_path"] != "") | (samples["label_index"] == LabelName.NORMAL)
         return samples["product"].isin(self.masked) & known
@@ -112,7 +112,7 @@ class Products(AnomalibDataModule):
 
     Each sub-folder of ``root`` is a product: in MVTec's layout (``train/good``, ``test/<kind>``,
     ``ground_truth/<kind>``), or a folder of good images alone, of which a fifth is set aside to test on. ``members``
-    adds any of anomalib's data modules. Images know their product (``batch.product``); a model need not be told it.
+    adds any of anomalib's data modules. Images know their product (``batch.product``); a model does not need this.
 
     Args:
         root: Folder of the products' folders.
@@ -180,7 +180,7 @@ class Products(AnomalibDataModule):
     # Data ------------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Have each member prepare its data."""
+        """Prepare the data of each member."""
         for member in self.members.values():
             member.prepare_data()
 
@@ -211,7 +211,7 @@ class Products(AnomalibDataModule):
         return self._evaluated(self.val_data) or super().val_dataloader()
 
     def test_dataloader(self) -> DataLoader:
-        """Return the test images; no batch mixes images with masks and without, which would hide the masks."""
+        """Return the test images; no batch mixes images with and without masks."""
         return self._evaluated(self.test_data) or super().test_dataloader()
 
     def _evaluated(self, data: Any) -> DataLoader | None:

@@ -16,7 +16,7 @@ MARGIN = 2.0
 
 
 class Recognition(NamedTuple):
-    """The index of the product that each image shows, ``(N,)`` int64, and its relative distance, ``(N,)``.
+    """The product's index, ``(N,)`` int64, and the relative distance, ``(N,)``, of images.
 
     Above a distance of 1 the image shows none of the known products.
     """
@@ -26,7 +26,7 @@ class Recognition(NamedTuple):
 
     @property
     def unknown(self) -> Tensor:
-        """Whether each image shows none of the known products, ``(N,)``."""
+        """Return whether each image shows none of the known products, ``(N,)``."""
         return self.distance > 1
 
     def names(self, products: list[str]) -> list[str]:
@@ -36,7 +36,7 @@ class Recognition(NamedTuple):
 
 
 class ProductRecognizer(nn.Module):
-    """``argmin_p d_p``, ``d_p = mean_c (W (f - c_p))_c^2``, f being an image's features averaged over positions (ours).
+    """``argmin_p d_p``, ``d_p = mean_c (W (f - c_p))_c^2``, f: features averaged over positions.
 
     c_p is the mean f of product p's training images, and W the whitening matrix (ridge 1) of the covariance within
     products, each counting alike. ``distance = min_p d_p / limit``. The limit is ``max + 2 (max - mean)`` of the
@@ -64,7 +64,7 @@ class ProductRecognizer(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether each product has a centroid."""
+        """Return whether each product has a centroid."""
         return bool(self.fitted_rows.all())
 
     def fit(self, batches: Batches) -> None:
@@ -101,7 +101,7 @@ class ProductRecognizer(nn.Module):
         return ((pooled @ self.weight.T)[:, None] - self.centroids).square().mean(dim=2)
 
     def forward(self, features: Tensor) -> Recognition:
-        """Recognise the products of images by their features ``(N, C, H, W)``, in float32 whatever the precision."""
+        """Recognise the products of images by features ``(N, C, H, W)``, in float32."""
         if torch.compiler.is_exporting():
             nearest, index = self._distances(self._pooled(features)).min(dim=1)
             return Recognition(index, nearest / self.limit)

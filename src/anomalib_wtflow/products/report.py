@@ -1,4 +1,4 @@
-"""What a test tells of each product: metrics, and which product was taken for which."""
+"""Test report by product: metrics, and the confusion of products."""
 
 import json
 from collections import Counter, defaultdict
@@ -23,7 +23,7 @@ MEANS = ("recognised", "image_AUROC", "image_F1Score", "pixel_AUROC")
 
 @register_report
 class ProductReport(Callback):
-    """Print and save the metrics of each product, their mean, and the confusion of true and recognised products.
+    """Metrics of each product, their mean, and the confusion of products, as text and file.
 
     Only for models of several products, and data that know which product each image is of. F1, false alarms and misses
     are at the model's own thresholds; ``recognised`` is the share of good images (of all, where none is good) whose
@@ -35,7 +35,7 @@ class ProductReport(Callback):
         self.pixels: defaultdict[str, BinaryAUROC] = defaultdict(lambda: BinaryAUROC(thresholds=THRESHOLDS))
 
     def on_test_start(self, *_: Any) -> None:
-        """Start anew."""
+        """Clear the results of an earlier test."""
         self.rows.clear()
         self.pixels.clear()
 

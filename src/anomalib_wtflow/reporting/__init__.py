@@ -1,4 +1,4 @@
-"""What a user reads after a test or a prediction; importing this registers the reports."""
+"""Reports after a test or a prediction; importing this registers them."""
 
 from anomalib_wtflow.products import report
 from anomalib_wtflow.reporting import metrics, verdicts

@@ -1,4 +1,4 @@
-"""Metrics that the test images define, and no others."""
+"""Only the metrics that the test images define."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ OF_GOOD_IMAGES = (metrics.AUPIMO, metrics.PIMO)
 
 @register_report
 class DefinedMetrics(Callback):
-    """Leave out of a test what needs good and defective images, or pixels, if the test images have only one of them.
+    """Callback that hides metrics of good and defective images (pixels) if one kind is missing.
 
     Each batch updates all metrics. Between batches, and so at the end, the evaluator shows those that the images up to
     then define: a list in its ``vars`` hides its own, in which Lightning finds the names of metrics.
@@ -29,7 +29,7 @@ class DefinedMetrics(Callback):
         self._seen: dict[str, Tensor] = {}
 
     def on_test_start(self, _trainer: Trainer, pl_module: Any) -> None:
-        """Start anew; models of other classes are left alone."""
+        """Reset what was seen; ignore models of other classes."""
         ours = getattr(pl_module, "evaluator", None) is not None and hasattr(pl_module, "products")
         self._seen = {"gt_label": torch.zeros(2), "gt_mask": torch.zeros(2)} if ours else {}
 
@@ -39,7 +39,7 @@ class DefinedMetrics(Callback):
             vars(pl_module.evaluator).pop("test_metrics", None)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Show the metrics that all images up to now define, in all processes alike."""
+        """Show the metrics that all images so far define, in all processes."""
         for name, seen in self._seen.items():
             truth = getattr(outputs, name)
             if truth is not None:
@@ -58,7 +58,7 @@ class DefinedMetrics(Callback):
 
 
 def is_defined(metric: Any, seen: dict[str, Tensor]) -> bool:
-    """Whether images define a metric.
+    """Return whether images define a metric.
 
     Args:
         metric: One of anomalib's.

@@ -18,7 +18,7 @@ SHOWN = ("pred_score", "pred_label", "gt_label", "product", "image_path")
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of a file of verdicts one by one: numbers as numbers, what is not known as None."""
+    """Yield the rows of a file of verdicts: numbers as floats, empty fields as None."""
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             yield {name: None if text == "" else float(text) if name in NUMBERS else text for name, text in row.items()}
@@ -65,7 +65,7 @@ def write_json(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Describe the verdicts; of good images only, what that does and does not tell."""
+    """Describe the verdicts, and what cannot be measured with these images."""
     s = summary
     if not s["good"] + s["anomalous"]:
         return [f"{s['images']} images without verdicts: the model has no threshold."]
@@ -91,7 +91,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
 
 
 def highest(path: Path) -> list[str]:
-    """List the images of a file with the highest scores, below a head; nothing if there are none."""
+    """List the images with the highest scores, below a head; nothing if there are none."""
     rows = heapq.nlargest(MOST_SHOWN, read_rows(path), key=lambda row: row["pred_score"])
     names = [name for name in SHOWN if any(row.get(name) for row in rows)]
     lines = ["  ".join([f"{row['pred_score']:.4f}", *(row[name] or "" for name in names[1:])]) for row in rows]

@@ -1,4 +1,4 @@
-"""The verdict on each image, as a table in files: written while images come, summed up for the terminal."""
+"""The verdict on each image: files, written image by image, and a summary."""
 
 import csv
 import sys
@@ -28,7 +28,7 @@ VERDICT_COLUMNS = (
 
 @register_report
 class Verdicts(Callback):
-    """Write ``scores.csv`` and ``scores.json`` into the run's folder, beside the pictures, and print a summary.
+    """``scores.csv`` and ``scores.json`` in the run's folder, and a printed summary.
 
     Rows are written as the images come, and none is kept: a stream of images takes no memory, and what was judged
     before a run was stopped is in the file. The JSON file is made from it at the end. Each process writes a file of its
@@ -39,7 +39,7 @@ class Verdicts(Callback):
         self._file: TextIO | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the files anew."""
+        """Open new files."""
         self._file = None
         if not hasattr(pl_module, "products"):
             return
@@ -80,7 +80,7 @@ class Verdicts(Callback):
             self._file.close()
 
     def _put_together(self, path: Path, trainer: Trainer) -> None:
-        """Write the rows of all processes into the first one's file, each image once: samplers repeat some."""
+        """Write the rows of all processes into the first file, each image once."""
         parts: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(parts, list(read_rows(path)))
         rows = [row for part in parts for row in part]
