@@ -9,11 +9,12 @@ from scipy.linalg import fractional_matrix_power
 
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.errors import WTFlowError
-from anomalib_wtflow.fit import BACKGROUND_IMAGES, FEWEST, MOST, fit_background, fit_model, hold_out
+from anomalib_wtflow.fit import BACKGROUND_IMAGES, FEWEST, MOST, fit_background, fit_model
 from anomalib_wtflow.flow.field import get_field
 from anomalib_wtflow.flow.path import ProbabilityPath
 from anomalib_wtflow.flow.regression import CHECK_EVERY, FieldTraining, TrainingPlan, fit_field, has_settled
 from anomalib_wtflow.flow.rows import class_embeddings
+from anomalib_wtflow.images import hold_out
 from anomalib_wtflow.settings import get_settings
 
 CHANNELS = 24 + 40 + 112

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from anomalib_wtflow import WTFlowPostProcessor
 from anomalib_wtflow.conformal import Scores, conformal_threshold
-from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.products.recognition import Recognition
 from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import Predictions

@@ -10,7 +10,6 @@ from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.anomaly_map import density_proxy
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.fit import fit_model
-from anomalib_wtflow.flow.sampling import PositionSampling
 from anomalib_wtflow.settings import get_settings
 
 CHANNELS = 24 + 40 + 112
@@ -113,12 +112,6 @@ def test_the_first_weights_depend_on_the_seed_alone(network: str) -> None:
     ]  # those of one dimension start at 0 or 1 in batch normalisations, class maps at 0
     assert random
     assert not any(torch.equal(*pair) for pair in random)
-
-
-def test_only_pointwise_fields_see_some_of_the_positions() -> None:
-    for network in ("pointwise", "unet"):
-        model = WTFlowModel(get_settings(network=network, width=8))
-        assert isinstance(model.sampling, PositionSampling) == (network == "pointwise")
 
 
 def test_compiles_to_one_graph() -> None:

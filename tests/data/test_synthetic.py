@@ -35,6 +35,14 @@ def test_mask_is_where_the_defect_is(defect: str, seed: int) -> None:
     assert difference[~near].max() == 0
 
 
+def test_products_differ() -> None:
+    """Product 0 is the flange; each has a shape of its own."""
+    assert (draw_part(5, 48)[0] == draw_part(5, 48, product=0)[0]).all()
+    pictures = [draw_part(5, 48, product=product)[0].astype(int) for product in range(9)]
+    for k, one in enumerate(pictures):
+        assert all(np.abs(one - other).mean() > 2 for other in pictures[:k])
+
+
 def test_layout(parts: SyntheticParts) -> None:
     parts.prepare_data()
     parts.setup()

@@ -96,29 +96,6 @@ def complete(environment: Environment) -> Environment:
 # Starting ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("-I",), ("-W", "error")])
-def test_python_starts_with_two_small_modules_more(complete: Environment, options: tuple[str, ...]) -> None:
-    """Beside a .pth file that says nothing: the hook and its package, no anomalib, no torch, nothing else."""
-    code = "import sys; print(*sorted(sys.modules))"
-    with_hook, errors = complete.run(*options, "-c", code)
-    (complete.site / "anomalib_wtflow.pth").write_text("#\n")  # for any .pth file Python 3.13 loads a codec
-    without, _ = complete.run(*options, "-c", code)
-    added = set(with_hook.split()) - set(without.split()) - {"__future__"}
-    assert added == {"anomalib_wtflow", "anomalib_wtflow._hook"}
-    assert errors == ""
-    assert not {"anomalib", "torch", "typing", "warnings"} & added
-
-
-def test_without_site_packages_there_is_neither_hook_nor_plugin(complete: Environment, tmp_path: Path) -> None:
-    """``python -S`` reads no .pth file; with the packages on its path all the same, an import of the plugin does it."""
-    code = "import sys; print('anomalib_wtflow' in sys.modules)"
-    assert complete.run("-S", "-c", code) == ("False", "")
-    assert complete.run("-S", "-c", NOT_FOUND, path=complete.site) == ("alone", "")
-    assert (
-        complete.run("-S", "-c", f"import anomalib_wtflow.lightning_model\n{FOUND}", path=complete.site)[0] == "found"
-    )
-
-
 @pytest.mark.parametrize(
     "files",
     [
@@ -217,18 +194,6 @@ def test_in_every_order(complete: Environment, first: str) -> None:
     assert complete.run("-c", code) == ("anomalib_wtflow.lightning_model", "")
 
 
-def test_anomalib_before_the_hook(complete: Environment) -> None:
-    """Where the hook comes too late, as from a folder that is added later, an import of the plugin does it."""
-    code = f"""
-import sys
-sys.path.append({str(complete.site)!r})
-import anomalib.models, anomalib_wtflow._hook
-assert not hasattr(anomalib.models, "WTFlow")
-import anomalib_wtflow.lightning_model
-{FOUND}"""
-    assert complete.run("-S", "-c", code) == ("found", "")
-
-
 def test_anomalibs_module_keeps_its_own_loader(complete: Environment) -> None:
     """What reads source, resources or the loader's type finds what it would without the hook."""
     code = """
@@ -278,14 +243,3 @@ def test_a_zipapp_with_anomalib_in_an_environment_with_the_plugin(environment: E
     """A zip file's loader serves all modules in it: the plugin must wait for anomalib.models, not for the first."""
     app = make_zipapp(tmp_path, f"import anomalib.data; {FOUND}", lambda folder: None)
     assert environment.run(app) == ("found", "")
-
-
-def test_a_target_folder_beside_an_installation(complete: Environment, tmp_path: Path) -> None:
-    """Two copies of the .pth file in one process: one hook, one model."""
-    target = install_plugin(tmp_path / "target")
-    code = f"""
-import site, sys; site.addsitedir({str(target)!r})
-print([type(finder).__name__ for finder in sys.meta_path].count("PluginFinder"))
-{FOUND}"""
-    printed, errors = complete.run("-c", code)
-    assert (printed.split(), errors) == (["1", "found"], "")

@@ -1,12 +1,10 @@
 """What holds of every model, image and batch, and not only of those that other tests name: drawn by Hypothesis."""
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
-import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +13,8 @@ from anomalib_wtflow.anomaly_map import DENSITIES, MAPS, AnomalyMapGenerator, de
 from anomalib_wtflow.fit import fit_model
 from anomalib_wtflow.flow.coupling import BATCH_COUPLINGS, COUPLINGS
 from anomalib_wtflow.flow.normalization import NORMALIZATIONS
-from anomalib_wtflow.flow.path import PATHS, ProbabilityPath
-from anomalib_wtflow.flow.solver import SOLVERS, Solver
+from anomalib_wtflow.flow.path import PATHS
+from anomalib_wtflow.flow.solver import SOLVERS
 from anomalib_wtflow.products.recognition import Recognition
 from anomalib_wtflow.settings import get_settings
 from anomalib_wtflow.torch_model import Predictions
@@ -223,46 +221,3 @@ def test_couplings(shape: tuple[int, ...], dtype: torch.dtype, seed: int, shift:
     slack = 1e-9 + torch.finfo(dtype).eps * 10 * max(costs.values())
     assert costs["optimal"] - slack <= costs["independent"] <= costs["worst"] + slack
     assert costs["independent"] <= costs["worst_of_two"] + slack
-
-
-@given(
-    shape=shapes,
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    name=st.sampled_from(list(PATHS)),
-    s_min=st.floats(0, 0.99),
-    seed=st.integers(0, 1000),
-)
-@example(shape=(1, 1, 1, 1), dtype=torch.float32, name="variance_preserving", s_min=0.0, seed=0)
-@settings(stable)
-def test_paths_lead_from_the_data_to_the_noise(
-    shape: tuple[int, ...], dtype: torch.dtype, name: str, s_min: float, seed: int
-) -> None:
-    """``x_0 = a_0 x0 + s_0 eps`` and ``x_1 = eps``; the velocity integrates to the way between (Simpson's rule)."""
-    x0, noise = randn(*shape, seed=seed, dtype=dtype), randn(*shape, seed=seed + 1, dtype=dtype)
-    path = ProbabilityPath(name, s_min)
-    start = {"linear": (1, 0), "gaussian": (1, s_min), "variance_preserving": (math.sqrt(1 - s_min**2), s_min)}[name]
-
-    def at(t: float) -> Any:
-        return path.sample(x0, noise, torch.full((len(x0),), t, dtype=dtype))
-
-    tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-12}
-    torch.testing.assert_close(at(0.0).x_t, start[0] * x0 + start[1] * noise, **tolerance)
-    torch.testing.assert_close(at(1.0).x_t, noise, **tolerance)
-    intervals = 32
-    weights = [1, *[4, 2] * (intervals // 2 - 1), 4, 1]
-    way = sum(w * at(k / intervals).velocity for k, w in enumerate(weights)) / (3 * intervals)
-    torch.testing.assert_close(way, at(1.0).x_t - at(0.0).x_t, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-7)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@given(steps=st.integers(1, 5), start=st.floats(0, 0.9), seed=st.integers(0, 1000))
-@settings(stable, max_examples=15)
-def test_solvers_follow_a_field_of_the_time_alone(solver: str, steps: int, start: float, seed: int) -> None:
-    """Every point moves alike, so distances stay, and there and back leads where it began."""
-    x = randn(4, 3, 2, 2, seed=seed, dtype=torch.float64)
-
-    def field(x: Tensor, t: Tensor) -> Tensor:
-        return (t.cos() + 1).view(-1, 1, 1, 1).expand_as(x)
-
-    end = Solver(solver, steps).integrate(field, x, start, 1.0)
-    assert (end - x - (end - x).flatten()[0]).abs().max() < 1e-12
