@@ -60,7 +60,7 @@ def fit_statistics(model: WTFlowModel, rows: list[Tensor], index: Tensor) -> Ten
     Returns:
         The index of the product that the model itself recognises in each image, as in inference, ``(M,)``.
     """
-    covariance = model.normalization.fit(_batches(rows, index))
+    covariance = model.normalization.fit(_batches(rows, index))  # type: ignore[operator]
     if model.sampling is not None and covariance is not None:
         model.sampling.fit(covariance)
     model.recognizer.fit(_batches(rows, index))
@@ -73,7 +73,7 @@ def fit_model(
     index: Tensor,
     image_size: tuple[int, int],
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    log: Callable[[int, float], None] = lambda epoch, loss: None,
+    log: Callable[[int, float], None] = lambda *_: None,
 ) -> list[float]:
     """Fit the statistics, then the field, then the background level, to features of good images.
 

@@ -38,7 +38,7 @@ from anomalib_wtflow.torch_model import WTFlowModel
 
 @register_model
 @documented
-class WTFlow(Exports, MemoryBankMixin, AnomalibModule):
+class WTFlow(Exports, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
     """Time-reversed flow matching with worst transport on a frozen backbone (arXiv 2508.05461).
 
     The training epoch collects the features of good images, as PatchCore's does. Then :meth:`fit` trains the field on
