@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinarySpecificity
 
 from anomalib_wtflow import FastflowBaseline, WTFlow
-from anomalib_wtflow.anomaly_map import student
+from anomalib_wtflow.anomaly_map import student_density
 from anomalib_wtflow.conformal import Scores
 from anomalib_wtflow.features.backbone import DEFAULT_BACKBONE
 from anomalib_wtflow.features.store import Row
@@ -154,7 +154,7 @@ class NearestNeighbour(NoFlow):
         squares = self.bank.square().sum(1)
         rows = x.flatten(0, -2)
         nearest = [part.square().sum(1) + (squares - 2 * part @ self.bank.T).amin(1) for part in rows.split(256)]
-        return student(torch.cat(nearest).clamp(min=0).view(x.shape[:-1])[:, None] / (2 * x.shape[-1]))
+        return student_density(torch.cat(nearest).clamp(min=0).view(x.shape[:-1])[:, None] / (2 * x.shape[-1]))
 
 
 def neighbours(kind: type, **kwargs: Any) -> AnomalibModule:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,16 @@ def test_each_private_attribute_of_others_has_a_reason() -> None:
     assert used - ours - {"_asdict", "_replace"} <= set(PRIVATE)  # public, of named tuples
     base = {name for name in ours if name in PRIVATE}
     assert set(PRIVATE) <= used | base
+
+
+def test_no_name_is_defined_twice() -> None:
+    defined = Counter(
+        node.name
+        for file in files()
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    )
+    assert not {name for name, count in defined.items() if count > 1}
 
 
 def lines_of(*paths: Path) -> int:

@@ -3,19 +3,19 @@
 from importlib import import_module
 from typing import Any, TypeVar
 
-_Class = TypeVar("_Class", bound=type)
+_Registered = TypeVar("_Registered", bound=type)
 
 REPORTS: list[type[Any]] = []
 """Callbacks that report on tests and predictions. A model adds them to its own, and knows no report."""
 
 
-def register_report(cls: _Class) -> _Class:
+def register_report(cls: _Registered) -> _Registered:
     """Add a callback of this class to each model (class decorator)."""
     REPORTS.append(cls)
     return cls
 
 
-def register_model(cls: _Class) -> _Class:
+def register_model(cls: _Registered) -> _Registered:
     """Make a model available by name in ``anomalib.models`` (class decorator).
 
     ``get_model({"class_path": "WTFlow"})`` looks the name up in ``anomalib.models``, and a dotted class path must come
@@ -28,7 +28,7 @@ def register_model(cls: _Class) -> _Class:
     return cls
 
 
-def register_datamodule(cls: _Class) -> _Class:
+def register_datamodule(cls: _Registered) -> _Registered:
     """Make a data module available by name in ``anomalib.data`` (class decorator)."""
     setattr(import_module("anomalib.data"), cls.__name__, cls)
     return cls

@@ -21,23 +21,23 @@ QUARTER = 4
 """One value in so many lies below the background level of an image: the lower quartile."""
 SLOPES = (0.75, 1.25)
 """Range of the background slope."""
-MARGIN = 2.0
+LEVEL_MARGIN = 2.0
 """How far above the highest level of good images the limit lies, in distances of that from their mean level."""
 EQUAL = 1e-10
 """Variance, relative to the square of the mean, below which levels are equal."""
 
 
-def gaussian(energy: Tensor) -> Tensor:
+def gaussian_density(energy: Tensor) -> Tensor:
     """``log q = -e``: a standard normal (arXiv 2508.05461)."""
     return -energy
 
 
-def student(energy: Tensor) -> Tensor:
+def student_density(energy: Tensor) -> Tensor:
     """``log q = -log(1 + 4 e)``, heavy-tailed (ours): no single layer drowns the others."""
     return -torch.log1p(4 * energy)
 
 
-DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian, "student": student}
+DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_density, "student": student_density}
 
 
 def density_proxy(y: Tensor, channels: Sequence[int] | None = None, kind: str = "gaussian") -> Tensor:
@@ -226,7 +226,7 @@ class AnomalyMapGenerator(nn.Module):
         for k in index.unique().tolist():
             top, level = (each[index.cpu() == k] for each in (tops, levels))
             mean, variance = level.mean(), level.var(unbiased=False)
-            self.limit[k] = level.max() + MARGIN * (level.max() - mean)
+            self.limit[k] = level.max() + LEVEL_MARGIN * (level.max() - mean)
             if self.background_slope is None:
                 # One image, or images that are all alike, tell no slope.
                 varied = variance > EQUAL * mean.square()

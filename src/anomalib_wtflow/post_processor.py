@@ -55,7 +55,7 @@ class WTFlowPostProcessor(PostProcessor):
         self.false_alarm_rate = false_alarm_rate
         for name in self.per_product:
             self.register_buffer(name, torch.full((1,), torch.nan))
-        self.register_load_state_dict_pre_hook(_make_room)
+        self.register_load_state_dict_pre_hook(_make_threshold_room)
         self.begin([""])
 
     @property
@@ -260,7 +260,7 @@ def _limit(threshold: Tensor, sensitivity: float) -> Tensor:
     return threshold * ((1 - sensitivity) / sensitivity) if sensitivity > 0 else threshold + float("inf")
 
 
-def _make_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _make_threshold_room(post_processor: WTFlowPostProcessor, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Resize buffers to the loaded state's number of products and calibration images."""
     rows = state.get(f"{prefix}effective_false_alarm_rate")
     if rows is not None:

@@ -62,4 +62,4 @@ def is_names(value: Any) -> bool:
 TEXT = Rule(lambda value: isinstance(value, str), "a name")
 SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
 FILE = Rule(lambda value: value is None or isinstance(value, str | Path), "the path of a file")
-SHARE = number("a share", "(0, 1)")._replace(advice="a share between 0 and 1, such as 0.05")
+RATIO = number("a share", "(0, 1)")._replace(advice="a share between 0 and 1, such as 0.05")

@@ -21,7 +21,7 @@ from anomalib_wtflow.flow.path import PATHS
 from anomalib_wtflow.flow.registry import lookup
 from anomalib_wtflow.flow.schedule import SCHEDULERS
 from anomalib_wtflow.flow.solver import SOLVERS
-from anomalib_wtflow.rules import FILE, SHARE, SWITCH, TEXT, Rule, is_names, is_size, number, one_of, optional, whole
+from anomalib_wtflow.rules import FILE, RATIO, SWITCH, TEXT, Rule, is_names, is_size, number, one_of, optional, whole
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -131,14 +131,14 @@ class Settings:
     # Threshold
     false_alarm_rate: float | None = setting(
         0.05,
-        optional(SHARE),
+        optional(RATIO),
         "Share of good parts that may be called anomalous; null for anomalib's adaptive F1 threshold. The threshold is "
         "the split-conformal quantile of normal images that the field was not trained on.",
         scores=False,
     )
     calibration_ratio: float = setting(
         0.2,
-        SHARE,
+        RATIO,
         "Share of the training images that is held out for the threshold where the validation set cannot serve.",
         scores=False,
     )

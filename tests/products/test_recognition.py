@@ -10,7 +10,7 @@ from torch import nn
 from anomalib_wtflow import WTFlowModel
 from anomalib_wtflow.fit import fit_model
 from anomalib_wtflow.flow.rows import allocate, class_embeddings
-from anomalib_wtflow.products.recognition import MARGIN, RIDGE, UNKNOWN, ProductRecognizer, Recognition
+from anomalib_wtflow.products.recognition import DISTANCE_MARGIN, RIDGE, UNKNOWN, ProductRecognizer, Recognition
 from anomalib_wtflow.settings import get_settings
 
 CHANNELS = 5
@@ -54,7 +54,7 @@ def test_recognition_against_brute_force(apart: float, half_way: bool) -> None:
     distance = (((rows[:, None] - means) @ matrix.T) ** 2).mean(2)
     nearest = distance.min(1)
     between = pdist(means @ matrix.T).min() ** 2 / CHANNELS
-    spread = nearest.max() + MARGIN * (nearest.max() - nearest.mean())
+    spread = nearest.max() + DISTANCE_MARGIN * (nearest.max() - nearest.mean())
     assert (between / 4 > spread) == half_way
     limit = max(spread, between / 4)
     assert float(recognizer.limit) == pytest.approx(limit, rel=1e-4)

@@ -11,7 +11,7 @@ from anomalib_wtflow.flow.normalization import Batches, whitening_matrix
 UNKNOWN = "unknown product"
 RIDGE = 1.0
 """Added to the spread within products: what other days bring is not seen in training."""
-MARGIN = 2.0
+DISTANCE_MARGIN = 2.0
 """How far beyond the farthest training image the limit lies, in distances of that from their mean."""
 
 
@@ -91,7 +91,9 @@ class ProductRecognizer(nn.Module):
         if rows > 1:
             nearest = self._distances(pooled.to(self.weight)).amin(dim=1).cpu().double()
             between = pdist(self.centroids.cpu().double()).square().amin() / pooled.shape[1]
-            self.limit.copy_(torch.maximum(nearest.max() + MARGIN * (nearest.max() - nearest.mean()), between / 4))
+            self.limit.copy_(
+                torch.maximum(nearest.max() + DISTANCE_MARGIN * (nearest.max() - nearest.mean()), between / 4)
+            )
 
     @staticmethod
     def _pooled(features: Tensor) -> Tensor:
