@@ -8,6 +8,8 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "first_model.ipynb"
+EXPECTED = ("`LightningModule.configure_optimizers` returned `None`", "in eval mode at the start of training")
+"""What Lightning says of each model that learns in one pass, anomalib's PatchCore too."""
 
 
 def test_nothing_is_stored() -> None:
@@ -24,7 +26,7 @@ def test_nothing_is_stored() -> None:
 
 @pytest.mark.slow
 def test_the_first_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cell runs, warns of nothing and leaves nothing where the notebook lies; exports agree with torch."""
+    """Every cell runs, warns of nothing new and leaves nothing where the notebook lies; exports agree with torch."""
     work, temporary = tmp_path / "work", tmp_path / "temporary"
     work.mkdir()
     temporary.mkdir()
@@ -32,7 +34,8 @@ def test_the_first_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(work)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    warned = "".join(output.text for output in outputs if output.get("name") == "stderr").splitlines()
+    assert [line for line in warned if not any(text in line for text in EXPECTED)] == []
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert list(work.iterdir()) == []
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
