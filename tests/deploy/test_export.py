@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
@@ -12,9 +13,10 @@ from PIL import Image
 
 import anomalib_wtflow
 from anomalib_wtflow import WTFlow
-from anomalib_wtflow.conformal import conformal_threshold
+from anomalib_wtflow.conformal import Scores, conformal_threshold
 from anomalib_wtflow.deploy.exports import calibration_images, range_images
 from anomalib_wtflow.deploy.quantization import CONVOLUTIONS, count_convolutions, keep_precise
+from anomalib_wtflow.deploy.thresholds import placed, score_images
 from anomalib_wtflow.errors import WTFlowError
 from anomalib_wtflow.fit import fit_background
 from anomalib_wtflow.images import mark_of
@@ -98,14 +100,14 @@ def test_anomalibs_inferencers(
         compare({f: np.asarray(getattr(result, f)).reshape(expected[f].shape) for f in FIELDS}, expected, tolerance)
 
 
-def fit_statistics(model: WTFlow, images: torch.Tensor) -> None:
-    """All but the field, which keeps its first weights."""
-    batch = (model.model.extract(images), torch.zeros(len(images), dtype=torch.int64))
+def fit_statistics(model: WTFlow, images: torch.Tensor, index: torch.Tensor | None = None) -> None:
+    """All but the field, which keeps its first weights; the thresholds are drawn."""
+    batch = (model.model.extract(images), torch.zeros(len(images), dtype=torch.int64) if index is None else index)
     model.model.normalization.fit([batch])
     model.model.recognizer.fit([batch])
     fit_background(model.model, model.model.normalise(batch[0])[0], batch[1], images.shape[-2:])
-    model.post_processor._image_threshold.fill_(0.1)
-    model.post_processor._pixel_threshold.fill_(0.1)
+    count = int(batch[1].max()) + 1
+    model.post_processor.calibrate(Scores(torch.rand(len(images)), torch.rand(len(images)), batch[1]), count)
 
 
 @pytest.mark.parametrize(("network", "solver"), [("pointwise", "rk4"), ("unet", "midpoint")])
@@ -131,8 +133,6 @@ def test_other_choices_export(network: str, solver: str, tmp_path: Path) -> None
 )
 def test_each_kind_of_backbone_exports(backbone: str, layers: list[str], image_size: object, tmp_path: Path) -> None:
     """With random weights, fitted on noise, in ONNX Runtime and OpenVINO; the blocks behind the layers are cut off."""
-    import openvino
-
     model = WTFlow(backbone, layers, pre_trained=False, image_size=image_size, overrides={"width": 16}).eval()
     size = model.pre_processor.transform.transforms[0].size
     fit_statistics(model, torch.randn(4, 3, *size))
@@ -166,8 +166,6 @@ def int8(trained: SimpleNamespace) -> dict[str, Path]:
 
 def test_int8_keeps_stem_and_tail_in_float(trained: SimpleNamespace, int8: dict[str, Path]) -> None:
     """The backbone's convolutions behind the third have 8-bit weights and inputs; no sum, flow or score has."""
-    import openvino
-
     operations = openvino.Core().read_model(int8["INT8_PTQ"]).get_ordered_ops()
     convolutions = [op.get_friendly_name() for op in operations if op.get_type_name() in CONVOLUTIONS]
     backbone = sum(isinstance(m, torch.nn.Conv2d) for m in trained.model.model.feature_extractor.network.modules())
@@ -187,8 +185,6 @@ def test_int8_keeps_stem_and_tail_in_float(trained: SimpleNamespace, int8: dict[
 @pytest.mark.parametrize("kind", ["openvino", "fp16"])
 def test_the_stem_stays_precise(exported: SimpleNamespace, kind: str) -> None:
     """Where a runtime computes in bfloat16, the first three convolutions are in f32 and no others; else all are."""
-    import openvino
-
     core = openvino.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
@@ -214,8 +210,6 @@ def metadata(path: Path) -> dict[str, str]:
 
         properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
         return {key.removeprefix("anomalib_wtflow."): value for key, value in properties.items()}
-    import openvino
-
     return {k: v.astype(str) for k, v in openvino.Core().read_model(path).get_rt_info()["anomalib_wtflow"].items()}
 
 
@@ -236,13 +230,28 @@ def test_an_export_says_what_it_is(trained: SimpleNamespace, exported: SimpleNam
     }
 
 
+def test_scores_through_a_graph_are_the_models(tmp_path: Path) -> None:
+    """Of two products, and of an image of neither, whose score is infinite: INT8's thresholds come from them."""
+    model, index = WTFlow(image_size=64, overrides={"width": 16}).eval(), torch.tensor([0, 1] * 6)
+    model.model.set_products(2)
+    images = (torch.rand(2, 3, 64, 64)[index] + 0.05 * torch.randn(12, 3, 64, 64)).clamp(0, 1)
+    fit_statistics(model, model.pre_processor.transform(images), index)
+    images[0] = 0
+    with placed(model.post_processor):
+        graph = openvino.convert_model(model.to_onnx(tmp_path))
+    got = score_images(graph, (image[None].numpy() for image in images), 2)
+    with torch.no_grad():
+        result = model.model(model.pre_processor.transform(images))
+    peaks = result.anomaly_map.flatten(1).amax(dim=1)
+    torch.testing.assert_close(got, Scores.of(result.pred_score, peaks, result.recognition), rtol=1e-4, atol=1e-4)
+    assert got.score.isinf().tolist() == [True] + [False] * 11
+
+
 @pytest.mark.parametrize("kind", ["INT8_PTQ", "INT8"])
 def test_int8_has_thresholds_of_its_own(
     trained: SimpleNamespace, exported: SimpleNamespace, int8: dict[str, Path], kind: str
 ) -> None:
     """Through the quantised graph, as the formula says: no calibration image is above the largest of ten scores."""
-    import openvino
-
     facts, ready = metadata(int8[kind]), openvino.compile_model(int8[kind], "CPU", F32)
     assert facts["precision"] == kind
     held = [*calibration_images(trained.parts, trained.model.marks["calibration"], 10)]

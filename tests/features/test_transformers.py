@@ -9,9 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from anomalib_wtflow.deploy.quantization import count_convolutions, quantize
+from anomalib_wtflow.deploy.quantization import quantize
 from anomalib_wtflow.errors import WTFlowError
-from anomalib_wtflow.features import backbone as module
 from anomalib_wtflow.features.backbone import FeatureExtractor, default_layers, get_data_config, get_image_size
 from anomalib_wtflow.features.folding import fold_batch_norms
 
@@ -88,7 +87,6 @@ def test_hierarchies_are_stacked_by_stride(name: str, size: tuple[int, int] | No
         ([14] * 24, [5, 11, 17]),
         ([2, 4, 8, 16, 32], [1, 2, 3]),
         ([4, 4, 8, 8, 16, 32], [1, 3, 4]),
-        ([16, 32, 64], [0]),
         ([32], [0]),
     ],
 )
@@ -127,9 +125,7 @@ def test_sizes_that_a_backbone_cannot_take(name: str, size: object, message: str
         ("eva02_tiny_patch14_224", 56, 14, 3 * 192),
         ("xcit_nano_12_p16_224", 64, 16, 3 * 128),
         ("mixer_s32_224", 64, 32, 3 * 512),
-        ("swinv2_tiny_window8_256", 64, 16, 96 + 192 + 384),
         ("maxvit_tiny_tf_224", 64, 16, 64 + 128 + 256),
-        ("levit_128s", 64, 16, 128),
         ("crossvit_tiny_240", 240, 17, 192),
     ],
 )
@@ -186,15 +182,6 @@ def test_weights_of_another_transformer(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
     with pytest.raises(WTFlowError, match=rf"other.pth' does not fit backbone '{DINO}': it .* '\w+' \(\d+ of \d+ tens"):
         FeatureExtractor(DINO, weights=path, image_size=70)
-
-
-def test_convolutions_of_an_exported_graph() -> None:
-    """The default has all, a transformer its patch embedding; one on constants (XCiT's positions) is none."""
-    for name, expected, unused in ((module.DEFAULT_BACKBONE, None, 0), (VIT, 1, 0), ("xcit_nano_12_p16_224", None, 1)):
-        extractor = FeatureExtractor(name, pre_trained=False, image_size=32)
-        there = sum(isinstance(part, nn.Conv2d) for part in extractor.network.modules())
-        assert count_convolutions(extractor) == there - unused
-        assert expected in (None, there)
 
 
 def test_int8_and_folding_leave_transformers_alone() -> None:
