@@ -80,7 +80,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
     ) -> None:
         given = {name: value for name, value in locals().items() if name in ARGUMENTS and value is not None}
         given["false_alarm_rate"] = false_alarm_rate
-        self.settings = get_settings(recipe, **{**(overrides or {}), **given})
+        self.settings = get_settings(recipe, overrides, **given)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(self.settings.image_size, self.settings.backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
@@ -124,7 +124,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Train for one epoch, which collects features; validate nothing before it."""
-        return {"max_epochs": 1, "num_sanity_val_steps": 0}
+        return {"max_epochs": 1, "num_sanity_val_steps": 0, "val_check_interval": 1.0}
 
     @property
     def learning_type(self) -> LearningType:
@@ -183,7 +183,8 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
                 self.load_state_dict(strategy.broadcast(self.state_dict()))
             if isinstance(self.post_processor, WTFlowPostProcessor) and rate is not None:
                 features = [row.features for row in calibration]
-                scores = Scores.of(*score_rows(self.model, features, self.image_size)) if features else None
+                with self.trainer.precision_plugin.forward_context():  # as in validation and test
+                    scores = Scores.of(*score_rows(self.model, features, self.image_size)) if features else None
                 self.post_processor.begin(self.products, validation, scores)
                 if not self.trainer.validating:
                     self.post_processor.set_thresholds(self.trainer)
@@ -224,7 +225,7 @@ class WTFlow(Exports, MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
     def _start_from(self, path: str | Path) -> None:
         """Take field, statistics and products of a trained model."""
         checkpoint = read_checkpoint(path)
-        raise_for_settings(checkpoint, self.settings)
+        raise_for_settings(checkpoint, replace(self.settings, false_alarm_rate=Settings.false_alarm_rate))
         state = checkpoint["state_dict"]
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         self.known_products = self.products = list(checkpoint[KEY]["products"])

@@ -80,7 +80,8 @@ class WTFlowPostProcessor(PostProcessor):
             validation_images: Files of the validation images to use.
             held: Scores of images that were held out of the training.
         """
-        self._remember(torch.empty(0), torch.empty(0, dtype=torch.int64))
+        device = self._image_threshold.device
+        self._remember(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device))
         self.products, self.validation_images = products, set(validation_images)
         self.gathered: dict[str, tuple[float, float, int]] = {}
         self.held = held

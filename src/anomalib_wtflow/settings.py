@@ -5,6 +5,7 @@ this module knows the parts and none of them knows it.
 """
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache
 from inspect import cleandoc, signature
@@ -48,7 +49,6 @@ class Settings:
         WTFlowError: If a value is not what its setting's rule says; one sentence names it and says what to choose.
     """
 
-    # Features
     backbone: str = setting(
         DEFAULT_BACKBONE,
         TEXT,
@@ -267,20 +267,20 @@ def check(name: str, value: Any) -> None:
     raise WTFlowError(msg)
 
 
-def get_settings(recipe: str = "default", **changes: Any) -> Settings:
-    """Return the settings of a recipe, with some changed.
-
-    Args:
-        recipe: ``default``, or ``paper`` for the authors' recipe.
-        **changes: Settings by name.
+def get_settings(recipe: str = "default", overrides: Mapping[str, Any] | None = None, **changes: Any) -> Settings:
+    """Return the settings of a recipe, with some changed; overrides name no argument of ``WTFlow``.
 
     Raises:
         WTFlowError: If the recipe or a setting is unknown, or a value is not valid.
     """
-    base = lookup(RECIPES, "recipe", recipe)
-    for name in changes:
+    base, overrides = lookup(RECIPES, "recipe", recipe), overrides or {}
+    for name in overrides:
+        if name in ARGUMENTS:
+            msg = f"'{name}' is an argument of WTFlow, not one of its overrides: give it as {option(name)}."
+            raise WTFlowError(msg)
+    for name in {**overrides, **changes}:
         lookup(declared(), "setting", name)
-    return Settings(**{**base, **changes})
+    return Settings(**{**base, **overrides, **changes})
 
 
 def option(name: str) -> str:

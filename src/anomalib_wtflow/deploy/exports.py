@@ -127,7 +127,7 @@ class Exports:
                 post.calibrate(score_images(graph, images, count), count)
                 set_thresholds(graph, post, count)
             openvino.save_model(graph, path, compress_to_fp16=False)
-        return post, self._sets_thresholds
+        return post, images is not None and len(post.calibration_index.unique()) == count
 
     @property
     def _sets_thresholds(self) -> bool:

@@ -78,7 +78,8 @@ def score_image(model: WTFlow, item: Any) -> ScoredImage:
     paths = [str(item.image_path)]
     raise_for_deep(paths)
     image, mask = transformed(model, item)
-    features = model.model.extract(image[None].to(model.device))
+    image = image.to(model.device)
+    features = model.model.extract(image[None])
     x0, recognition = model.model.normalise(features)
     raw = model.model.score(x0, recognition, image.shape[-2:])
     raise_for_broken("score", paths, image[None], raw.pred_score, raw.anomaly_map)

@@ -49,10 +49,11 @@ class FeatureStore:
     def add(self, features: Tensor, paths: Sequence[str], products: Sequence[str]) -> None:
         """Take a batch: features ``(N, C, H, W)``, and the file and product of each image."""
         draws = torch.rand(len(features), generator=self.generator, dtype=torch.float64).tolist()
+        features = features.detach().float().cpu()
         for row, path, product, priority in zip(features, paths, products, draws, strict=True):
             self.number += 1
             if priority < self.cutoffs.get(product, 1.0):
-                self.keep(Row(-priority, self.number, path, product, row.detach().cpu().float().clone()))
+                self.keep(Row(-priority, self.number, path, product, row.clone()))
 
     def keep(self, row: Row) -> None:
         """Add a row, and drop others beyond the budget."""

@@ -44,8 +44,7 @@ class PositionSampling(nn.Module):
         """Draw positions, with replacement, from normalised features.
 
         They come from every second row and column of the grid, from an offset drawn at random, and are in proportion
-        among these: a quarter of the features is enough to draw an eighth from. In float32, also in mixed precision:
-        a sum of weights in 8 or 11 bits would lose the small ones.
+        among these: a quarter of the features is enough to draw an eighth from.
 
         Args:
             x0: ``(N, sum_l C_l, H, W)``.
@@ -61,8 +60,7 @@ class PositionSampling(nn.Module):
             x0 = x0[..., top::2, left::2]
         parts = []
         for points, weight in zip(x0.flatten(2).split(self.channels, dim=1), self.whitening, strict=True):
-            with torch.autocast(points.device.type, enabled=False):
-                rarity = (weight @ points.float()).square().mean(dim=1)
+            rarity = (weight @ points).square().mean(dim=1)
             # Relative to the rarest, so that no power of it overflows; no weight at all would leave nothing to draw.
             tiny = torch.finfo(rarity.dtype).tiny
             rarity = (rarity / rarity.amax(dim=1, keepdim=True).clamp(min=tiny)) ** self.importance

@@ -88,6 +88,7 @@ class ProductRecognizer(nn.Module):
             self.weight.copy_(whitening_matrix(covariance, RIDGE) if known else torch.eye(pooled.shape[1]))
         self.centroids[new] = (mean @ self.weight.cpu().double().T)[new].to(self.centroids)
         self.fitted_rows.fill_(True)
+        self.limit.fill_(torch.inf)
         if rows > 1:
             nearest = self._distances(pooled.to(self.weight)).amin(dim=1).cpu().double()
             between = pdist(self.centroids.cpu().double()).square().amin() / pooled.shape[1]

@@ -61,7 +61,10 @@ class ProductReport(Callback):
             torch.distributed.all_gather_object(parts, parts[0])
         rows = [row for part, _ in parts for row in part]
         # All processes compute all metrics, in one order, since they wait for each other in each.
-        pixels = {name: self.pixels[name].compute() for name in sorted(set().union(*(names for _, names in parts)))}
+        pixels = {
+            name: self.pixels[name].to(pl_module.device).compute()
+            for name in sorted(set().union(*(names for _, names in parts)))
+        }
         if not rows or not trainer.is_global_zero:
             return
         report = report_of(rows, pixels)
