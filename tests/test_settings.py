@@ -275,9 +275,7 @@ def test_unknown_overrides() -> None:
         message = f"Unknown setting '{name}': {hint}choose one of {everything}."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             WTFlow(overrides={name: 1})
-    with pytest.raises(
-        ValueError, match="'seed' is an argument of WTFlow, not one of its overrides: give it as --model.seed"
-    ):
+    with pytest.raises(ValueError, match="'seed' is an argument of WTFlow, not one of its overrides: give it as"):
         WTFlow(overrides={"seed": 1})
     with pytest.raises(ValueError, match=r"^Unknown coupling 'wurst': did you mean 'worst'\? choose one of"):
         WTFlow(overrides={"coupling": "wurst"})
