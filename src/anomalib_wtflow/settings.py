@@ -268,7 +268,7 @@ def check(name: str, value: Any) -> None:
 
 
 def get_settings(recipe: str = "default", overrides: Mapping[str, Any] | None = None, **changes: Any) -> Settings:
-    """Return the settings of a recipe, with some changed; overrides name no argument of ``WTFlow``.
+    """Return the settings of a recipe, with overrides, which name no arguments, and changes.
 
     Raises:
         WTFlowError: If the recipe or a setting is unknown, or a value is not valid.

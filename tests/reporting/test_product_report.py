@@ -41,7 +41,7 @@ def process(rank: int, processes: int, root: Path) -> None:
     batch = {name: value[share] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
     recognition = Recognition(*(values[share] for values in whole.recognition))
     outputs = SimpleNamespace(product=[whole.product[k] for k in share], recognition=recognition, **batch)
-    model = SimpleNamespace(products=PRODUCTS, log=lambda *_, **__: None)
+    model = SimpleNamespace(products=PRODUCTS, device="cpu", log=lambda *_, **__: None)
     trainer = SimpleNamespace(world_size=processes, is_global_zero=rank == 0, default_root_dir=root)
     report = ProductReport()
     report.on_test_start(trainer, model)
