@@ -31,8 +31,10 @@ def normalise_rows(model: WTFlowModel, rows: list[Tensor]) -> Recognition:
     """Normalise features ``(C, H, W)`` in place, and return their products' indices."""
     device, parts = model.class_embeddings.device, []
     for start in range(0, len(rows), BATCH):
-        x0, recognition = model.normalise(torch.stack(rows[start : start + BATCH]).to(device))
-        rows[start : start + BATCH] = list(x0.cpu())
+        batch = rows[start : start + BATCH]
+        x0, recognition = model.normalise(torch.stack(batch).to(device))
+        for row, value in zip(batch, x0, strict=True):
+            row.copy_(value)
         parts.append(recognition)
     return Recognition(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
 
@@ -43,17 +45,19 @@ def score_rows(
 ) -> tuple[Tensor, Tensor, Recognition]:
     """Score features ``(C, H, W)``: scores, maxima of maps and recognitions, ``(M,)``."""
     device = model.class_embeddings.device
-    parts = [model.predict(batch.to(device), image_size) for batch, _ in _batches(rows, torch.zeros(len(rows)))]
-    recognition = Recognition(*(torch.cat(each).cpu() for each in zip(*(p.recognition for p in parts), strict=True)))
-    peaks = torch.cat([part.anomaly_map.flatten(1).amax(dim=1) for part in parts])
-    return torch.cat([part.pred_score for part in parts]).cpu(), peaks.cpu(), recognition
+    parts, peaks = [], []
+    for batch, _ in _batches(rows, torch.zeros(len(rows))):
+        score, anomaly_map, recognition = model.predict(batch.to(device), image_size)
+        parts.append((score.cpu(), recognition.index.cpu(), recognition.distance.cpu()))
+        peaks.append(anomaly_map.flatten(1).amax(dim=1).cpu())  # the maps themselves would take gigabytes
+    scores, index, distance = (torch.cat(values) for values in zip(*parts, strict=True))
+    return scores, torch.cat(peaks), Recognition(index, distance)
 
 
 def fit_statistics(model: WTFlowModel, rows: list[Tensor], index: Tensor) -> Tensor:
     """Fit normalisation and recogniser to features ``(C, H, W)``; normalise these in place.
 
     Args:
-        model: The model.
         rows: Features of each image, in float32 on the CPU.
         index: Index of each image's product, ``(M,)``.
 
@@ -81,7 +85,6 @@ def fit_model(
         model: The model, with room for all products (:meth:`WTFlowModel.set_products`).
         rows: Backbone features ``(C, H, W)`` of each image, in float32 on the CPU; normalised in place.
         index: Index of each image's product, ``(M,)``; each product has at least one image.
-        image_size: Height and width of the images.
         progress: Wraps the iteration over epochs.
         log: Is given each epoch, from 0, and its training loss.
 
@@ -105,10 +108,8 @@ def fit_background(model: WTFlowModel, x0: Sequence[Tensor], index: Tensor, imag
     """Fit the background level of each product to some of its images, evenly spread over all.
 
     Args:
-        model: The model.
         x0: Normalised features ``(C, H, W)`` of good images.
         index: Index of each image's product, ``(M,)``.
-        image_size: Height and width of the images.
     """
     kinds, device = index.unique().tolist(), model.class_embeddings.device
     most = max(FEWEST, min(BACKGROUND_IMAGES, MOST // len(kinds)))
