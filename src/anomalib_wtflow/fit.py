@@ -21,22 +21,13 @@ def plan_of(settings: Settings) -> TrainingPlan:
     return TrainingPlan(**{each.name: getattr(settings, each.name) for each in fields(TrainingPlan)})
 
 
+def _chunks(rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    for start in range(0, len(rows), BATCH):
+        yield list(rows[start : start + BATCH])
+
+
 def _batches(rows: Sequence[Tensor], index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(rows), BATCH):
-        yield torch.stack(list(rows[start : start + BATCH])), index[start : start + BATCH]
-
-
-@torch.no_grad()
-def normalise_rows(model: WTFlowModel, rows: list[Tensor]) -> Recognition:
-    """Normalise features ``(C, H, W)`` in place, and return their products' indices."""
-    device, parts = model.class_embeddings.device, []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        x0, recognition = model.normalise(torch.stack(batch).to(device))
-        for row, value in zip(batch, x0, strict=True):
-            row.copy_(value)
-        parts.append(recognition)
-    return Recognition(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+    return zip(map(torch.stack, _chunks(rows)), index.split(BATCH), strict=True)
 
 
 @torch.no_grad()
@@ -44,20 +35,23 @@ def score_rows(
     model: WTFlowModel, rows: list[Tensor], image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Recognition]:
     """Score features ``(C, H, W)``: scores, maxima of maps and recognitions, ``(M,)``."""
-    device = model.class_embeddings.device
     parts, peaks = [], []
-    for batch, _ in _batches(rows, torch.zeros(len(rows))):
-        score, anomaly_map, recognition = model.predict(batch.to(device), image_size)
+    for batch in _chunks(rows):
+        score, anomaly_map, recognition = model.predict(
+            torch.stack(batch).to(model.class_embeddings.device), image_size
+        )
         parts.append((score.cpu(), recognition.index.cpu(), recognition.distance.cpu()))
         peaks.append(anomaly_map.flatten(1).amax(dim=1).cpu())  # the maps themselves would take gigabytes
     scores, index, distance = (torch.cat(values) for values in zip(*parts, strict=True))
     return scores, torch.cat(peaks), Recognition(index, distance)
 
 
+@torch.no_grad()
 def fit_statistics(model: WTFlowModel, rows: list[Tensor], index: Tensor) -> Tensor:
     """Fit normalisation and recogniser to features ``(C, H, W)``; normalise these in place.
 
     Args:
+        model: The model.
         rows: Features of each image, in float32 on the CPU.
         index: Index of each image's product, ``(M,)``.
 
@@ -68,7 +62,13 @@ def fit_statistics(model: WTFlowModel, rows: list[Tensor], index: Tensor) -> Ten
     if model.sampling is not None and covariance is not None:
         model.sampling.fit(covariance)
     model.recognizer.fit(_batches(rows, index))
-    return normalise_rows(model, rows).index
+    recognised = []
+    for batch in _chunks(rows):
+        x0, recognition = model.normalise(torch.stack(batch).to(model.class_embeddings.device))
+        for row, value in zip(batch, x0, strict=True):
+            row.copy_(value)
+        recognised.append(recognition.index.cpu())
+    return torch.cat(recognised)
 
 
 def fit_model(
@@ -85,6 +85,7 @@ def fit_model(
         model: The model, with room for all products (:meth:`WTFlowModel.set_products`).
         rows: Backbone features ``(C, H, W)`` of each image, in float32 on the CPU; normalised in place.
         index: Index of each image's product, ``(M,)``; each product has at least one image.
+        image_size: Height and width of the images.
         progress: Wraps the iteration over epochs.
         log: Is given each epoch, from 0, and its training loss.
 
@@ -108,8 +109,10 @@ def fit_background(model: WTFlowModel, x0: Sequence[Tensor], index: Tensor, imag
     """Fit the background level of each product to some of its images, evenly spread over all.
 
     Args:
+        model: The model.
         x0: Normalised features ``(C, H, W)`` of good images.
         index: Index of each image's product, ``(M,)``.
+        image_size: Height and width of the images.
     """
     kinds, device = index.unique().tolist(), model.class_embeddings.device
     most = max(FEWEST, min(BACKGROUND_IMAGES, MOST // len(kinds)))
