@@ -37,11 +37,9 @@ def score_rows(
     """Score features ``(C, H, W)``: scores, maxima of maps and recognitions, ``(M,)``."""
     parts, peaks = [], []
     for batch in _chunks(rows):
-        score, anomaly_map, recognition = model.predict(
-            torch.stack(batch).to(model.class_embeddings.device), image_size
-        )
+        score, maps, recognition = model.predict(torch.stack(batch).to(model.class_embeddings.device), image_size)
         parts.append((score.cpu(), recognition.index.cpu(), recognition.distance.cpu()))
-        peaks.append(anomaly_map.flatten(1).amax(dim=1).cpu())  # the maps themselves would take gigabytes
+        peaks.append(maps.flatten(1).amax(dim=1).cpu())  # the maps themselves would take gigabytes
     scores, index, distance = (torch.cat(values) for values in zip(*parts, strict=True))
     return scores, torch.cat(peaks), Recognition(index, distance)
 
